@@ -1,0 +1,14 @@
+"""TOAST, transfer learning by top-down attention steering, as a method of Hugging Face PEFT.
+
+Importing the package registers the method; from then on `TopDownConfig` works wherever PEFT takes a config, and saved
+adapters load with `PeftModel.from_pretrained`.
+"""
+
+from .config import TopDownConfig
+from .model import TopDownModel
+from .registration import register
+
+__version__ = "0.1.0"
+__all__ = ["TopDownConfig", "TopDownModel"]
+
+register(TopDownConfig, TopDownModel)

@@ -1,0 +1,237 @@
+"""Finds the stack of blocks in a model, and in each block the value projection that receives feedback."""
+
+import re
+from dataclasses import dataclass, replace
+
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import nn
+
+from .architectures import ARCHITECTURES, Architecture
+from .config import TopDownConfig
+
+# The last part of the name of projections that compute queries, keys and values at once. Adding the feedback to their
+# input would change the queries and keys as well.
+_FUSED_PROJECTIONS = ("Wqkv", "c_attn", "in_proj", "qkv", "qkv_proj", "query_key_value")
+
+
+@dataclass
+class BlockStack:
+    """The part of a model that the two passes run over.
+
+    Args:
+        backbone: the module that owns the blocks; its forward is run twice.
+        blocks: all blocks, from the input to the output.
+        final_norm: the norm that follows the last block, `None` if unknown.
+        normalize_features: whether, by the model type, the feedback starts after `final_norm`.
+        model_type: what the backbone is, for messages and for comparing when an adapter is loaded.
+        value_projections: for each block that receives feedback its value projection.
+        names: the full names in the model of these value projections.
+    """
+
+    backbone: nn.Module
+    blocks: nn.ModuleList
+    final_norm: nn.Module | None
+    normalize_features: bool
+    model_type: str
+    value_projections: dict[int, nn.Module]
+    names: dict[str, int]
+
+    @property
+    def hidden_size(self) -> int:
+        """Number of channels of the hidden states."""
+        return _in_features(next(iter(self.value_projections.values())))
+
+
+def find_block_stack(model: nn.Module, config: TopDownConfig) -> BlockStack:
+    """Find the blocks and value projections that `config` is about. Touches nothing.
+
+    Args:
+        model: the model to adapt.
+        config: its `target_modules`, `exclude_modules`, `layers_to_transform`, `feedback_from` and `feedback_to` count.
+
+    Returns:
+        The stack, with the value projections of the blocks that receive feedback only.
+
+    Raises:
+        ValueError: if the model type is unknown and no value projections are named, if the named modules are not one
+            value projection in each block of one stack, or if no block is left.
+    """
+    known = _known_backbones(model)
+    if config.target_modules is None:
+        stack = _stack_by_model_type(model, known)
+    else:
+        stack = _stack_by_target_modules(model, known, config)
+    return _select_blocks(stack, config)
+
+
+def _model_type(module: nn.Module) -> str:
+    return getattr(getattr(module, "config", None), "model_type", None) or type(module).__name__
+
+
+def _known_backbones(model: nn.Module) -> dict[str, Architecture]:
+    """Names of the modules that have the blocks of a supported model type."""
+    backbones = {}
+    for name, module in model.named_modules():
+        architecture = ARCHITECTURES.get(_model_type(module))
+        if architecture is not None and isinstance(_get(module, architecture.blocks), nn.ModuleList):
+            backbones[name] = architecture
+    return backbones
+
+
+def _get(module: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return module.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _join(*names: str) -> str:
+    return ".".join(name for name in names if name)
+
+
+def _stack_by_model_type(model: nn.Module, known: dict[str, Architecture]) -> BlockStack:
+    if not known:
+        raise ValueError(
+            f"TOAST does not know where the value projections of {type(model).__name__} (model type "
+            f"{_model_type(model)!r}) are. Known model types: {', '.join(sorted(ARCHITECTURES))}. For any other model "
+            "name them with `target_modules`, one linear layer in each block that computes only the attention's "
+            "values, for example target_modules=['v_proj'] or a regular expression."
+        )
+    if len(known) > 1:
+        raise ValueError(
+            f"{type(model).__name__} has several stacks of blocks: {sorted(known)}. Choose one with `target_modules`, "
+            f"for example target_modules=r'{re.escape(sorted(known)[0])}\\..*v_proj'."
+        )
+    [(backbone_name, architecture)] = known.items()
+    prefix = _join(backbone_name, architecture.blocks)
+    names = {
+        _join(prefix, str(index), architecture.value_projection): index
+        for index in range(len(model.get_submodule(prefix)))
+    }
+    return _make_stack(model, backbone_name, prefix, architecture, names)
+
+
+def _stack_by_target_modules(
+    model: nn.Module, known: dict[str, Architecture], config: TopDownConfig
+) -> BlockStack:
+    # The index of a block is taken from its place in the stack, not from a pattern in its name as PEFT does, which
+    # needs a name before the list and finds none on a bare ViTModel.
+    pattern = replace(config, layers_to_transform=None, exclude_modules=None)
+    matched = [name for name, _ in model.named_modules() if name and check_target_module_exists(pattern, name)]
+    matched = [name for name in matched if not _inside_another(name, matched)]
+    lists = {name: _outermost_list(model, name) for name in matched}
+    if not matched or None in lists.values() or len(set(lists.values())) > 1:
+        outside = [name for name, blocks in lists.items() if blocks is None]
+        raise ValueError(
+            f"`target_modules={config.target_modules!r}` matches {_some(matched)} in {type(model).__name__}; expected "
+            "the value projections of one stack of blocks (an nn.ModuleList)"
+            + (f", but {_some(outside)} are in none." if outside else ".")
+        )
+    blocks_name = lists[matched[0]]
+    names = {name: int(name[len(blocks_name) + 1 :].split(".")[0]) for name in matched}
+    _check_value_projections(names, config)
+    for backbone_name, architecture in known.items():
+        if _join(backbone_name, architecture.blocks) == blocks_name:
+            return _make_stack(model, backbone_name, blocks_name, architecture, names)
+    return _make_stack(model, blocks_name.rpartition(".")[0], blocks_name, None, names)
+
+
+def _inside_another(name: str, matched: list[str]) -> bool:
+    """Whether the module is a part of another match, as `v_proj.base_layer` of a `v_proj` that LoRA has wrapped."""
+    return any(name.startswith(other + ".") for other in matched)
+
+
+def _outermost_list(model: nn.Module, name: str) -> str | None:
+    """The name of the outermost `nn.ModuleList` that the module is in, so that lists inside of blocks do not count."""
+    parts = name.split(".")
+    for end in range(1, len(parts)):
+        if isinstance(model.get_submodule(".".join(parts[:end])), nn.ModuleList):
+            return ".".join(parts[:end])
+    return None
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:3]) or "no module"
+    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _check_value_projections(names: dict[str, int], config: TopDownConfig) -> None:
+    fused = [name for name in names if name.rpartition(".")[2] in _FUSED_PROJECTIONS]
+    if fused:
+        raise ValueError(
+            f"`target_modules={config.target_modules!r}` matches {_some(fused)}, which compute queries and keys as well "
+            "as values. Fused projections are not supported yet; TOAST steers the values only."
+        )
+    for index in sorted(set(names.values())):
+        in_block = [name for name, block in names.items() if block == index]
+        if len(in_block) > 1:
+            raise ValueError(
+                f"`target_modules={config.target_modules!r}` matches {len(in_block)} modules in block {index} "
+                f"({_some(in_block)}); expected only its value projection, for example target_modules=['v_proj']."
+            )
+
+
+def _make_stack(
+    model: nn.Module,
+    backbone_name: str,
+    blocks_name: str,
+    architecture: Architecture | None,
+    names: dict[str, int],
+) -> BlockStack:
+    backbone = model.get_submodule(backbone_name)
+    return BlockStack(
+        backbone=backbone,
+        blocks=model.get_submodule(blocks_name),
+        final_norm=_get(backbone, architecture.final_norm) if architecture else None,
+        normalize_features=architecture is not None and architecture.normalize_features,
+        model_type=_model_type(backbone),
+        value_projections={index: model.get_submodule(name) for name, index in names.items()},
+        names=names,
+    )
+
+
+def _select_blocks(stack: BlockStack, config: TopDownConfig) -> BlockStack:
+    """Keep the value projections of the blocks that receive feedback."""
+    first, last = config.feedback_range(len(stack.blocks))
+    chosen = config.layers_to_transform
+    chosen = [chosen] if isinstance(chosen, int) else chosen
+    outside = [index for index in chosen or [] if not last <= index < first]
+    if outside:
+        raise ValueError(
+            f"`layers_to_transform` names the blocks {outside}, but the feedback runs from block {first - 1} down to "
+            f"block {last} of {len(stack.blocks)}."
+        )
+    names = {
+        name: index
+        for name, index in stack.names.items()
+        if last <= index < first and (chosen is None or index in chosen) and not _excluded(config, name)
+    }
+    if not names:
+        raise ValueError(
+            f"No block is left to receive feedback: `target_modules={config.target_modules!r}`, "
+            f"`exclude_modules={config.exclude_modules!r}`, `layers_to_transform={config.layers_to_transform!r}`, "
+            f"blocks {last} to {first - 1}."
+        )
+    projections = {index: stack.value_projections[index] for index in sorted(names.values())}
+    for name, index in names.items():
+        if _in_features(projections[index]) is None:
+            raise ValueError(f"{name} is a {type(projections[index]).__name__}; expected a linear layer.")
+    return replace(stack, names=names, value_projections=projections)
+
+
+def _in_features(projection: nn.Module) -> int | None:
+    # Not the weight's shape: quantised weights are packed and those of sharded models are empty.
+    return getattr(projection, "in_features", None)
+
+
+def _excluded(config: TopDownConfig, name: str) -> bool:
+    if not config.exclude_modules:
+        return False
+    only_excluded = replace(
+        config,
+        target_modules=config.exclude_modules,
+        exclude_modules=None,
+        layers_to_transform=None,
+        modules_to_save=None,
+    )
+    return bool(check_target_module_exists(only_excluded, name))

@@ -1,0 +1,134 @@
+"""One key-value cache for two passes.
+
+A `Cache` is a list of layers, one per block. For two passes it gets more of them at its end: the keys and values of
+pass 1 for the blocks from `feedback_to` to `feedback_from - 1`. (The blocks below compute the same in both passes and
+those above do not run in pass 1.) Everything that generation does to a cache - reorder, crop, repeat, reset, offload -
+runs over its layers and so serves both passes.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.utils import ModelOutput
+
+_ATTRIBUTE = "topdown_passes"
+
+
+def refuse_two_pass_cache(cache: Cache | None) -> None:
+    """Refuse to continue a cache without the feedback it was filled with.
+
+    Raises:
+        ValueError: if `cache` holds keys and values of a forward with feedback.
+    """
+    passes = getattr(cache, _ATTRIBUTE, None)
+    if passes is None:
+        return
+    if _length(cache) > 0:
+        raise ValueError(
+            f"This cache was filled with the TOAST adapter {passes.key[0]!r} active, but no adapter is active now. "
+            "Its keys and values do not fit the base model's; start with a new cache."
+        )
+    del cache.layers[passes.num_blocks :]
+    delattr(cache, _ATTRIBUTE)
+
+
+class TwoPassCache:
+    """What pass 1 and pass 2 see of one cache.
+
+    Args:
+        cache: the cache, whose layers after the first `num_blocks` are those of pass 1.
+        key: adapter name, `feedback_from` and `feedback_to`, for which the cache was filled.
+        num_blocks: number of blocks of the model.
+
+    Attributes:
+        first_pass: a `Cache` that pass 1 reads and writes.
+        second_pass: a `Cache` that pass 2 reads and writes.
+    """
+
+    def __init__(self, cache: Cache, key: tuple[str, int, int], num_blocks: int) -> None:
+        self.cache = cache
+        self.key = key
+        self.num_blocks = num_blocks
+        _, _, self.feedback_to = key
+        self.first_pass = _view(cache, cache.layers[: self.feedback_to] + cache.layers[num_blocks:])
+        self.second_pass = cache
+
+    @classmethod
+    def prepare(cls, cache: Cache | None, model_config: Any, num_blocks: int, key: tuple[str, int, int]) -> "TwoPassCache":
+        """The two passes' cache for the coming forward.
+
+        Args:
+            cache: the caller's cache; a new one is made if `None`.
+            model_config: the transformers config of the backbone.
+            num_blocks: number of blocks of the model.
+            key: adapter name, `feedback_from` and `feedback_to`.
+
+        Raises:
+            ValueError: if the cache was filled without feedback or with that of another adapter.
+        """
+        if cache is None:
+            cache = DynamicCache(config=model_config)
+        passes = getattr(cache, _ATTRIBUTE, None)
+        if passes is None or passes.key != key:
+            passes = cls._first_use(cache, num_blocks, key)
+        passes.show_lower_blocks()
+        return passes
+
+    @classmethod
+    def _first_use(cls, cache: Cache, num_blocks: int, key: tuple[str, int, int]) -> "TwoPassCache":
+        if _length(cache) > 0:
+            passes = getattr(cache, _ATTRIBUTE, None)
+            filled = "without feedback" if passes is None else f"by the TOAST adapter {passes.key[0]!r}"
+            raise ValueError(
+                f"This cache was filled {filled}; its keys and values do not fit the adapter {key[0]!r} with feedback "
+                f"from block {key[1]} to {key[2]}. Start with a new cache."
+            )
+        refuse_two_pass_cache(cache)  # forgets what a cache that was reset was prepared for
+        while len(cache.layers) < num_blocks:
+            cache.layers.append(cache.layer_class_to_replicate())
+        _, feedback_from, feedback_to = key
+        cache.layers.extend(copy.deepcopy(layer) for layer in cache.layers[feedback_to:feedback_from])
+        passes = cls(cache, key, num_blocks)
+        setattr(cache, _ATTRIBUTE, passes)
+        return passes
+
+    def show_lower_blocks(self) -> None:
+        """Let pass 2 see the blocks below `feedback_to` as they are before pass 1 extends them.
+
+        Pass 2 takes its positions and masks from them, and must count from where pass 1 began.
+        """
+        if self.feedback_to > 0:
+            lower = [_snapshot(layer) for layer in self.cache.layers[: self.feedback_to]]
+            self.second_pass = _view(self.cache, lower + self.cache.layers[self.feedback_to : self.num_blocks])
+
+    def restore(self, output: Any) -> Any:
+        """The output of pass 2 with the caller's cache in place of what pass 2 saw of it."""
+        if self.second_pass is self.cache:
+            return output
+        if isinstance(output, ModelOutput):
+            output.past_key_values = self.cache
+            return output
+        return tuple(self.cache if item is self.second_pass else item for item in output)
+
+
+def _length(cache: Cache) -> int:
+    return int(cache.get_seq_length())
+
+
+def _view(cache: Cache, layers: list[CacheLayerMixin]) -> Cache:
+    view = copy.copy(cache)
+    view.__dict__.pop(_ATTRIBUTE, None)
+    view.layers = layers
+    return view
+
+
+def _snapshot(layer: CacheLayerMixin) -> CacheLayerMixin:
+    """The layer with its counters as they are now, sharing keys and values."""
+    snapshot = copy.copy(layer)
+    counter = getattr(layer, "cumulative_length", None)
+    if isinstance(counter, torch.Tensor):
+        snapshot.cumulative_length = counter.clone()
+    return snapshot

@@ -1,0 +1,194 @@
+"""`TopDownConfig`: what a user can choose."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from peft import PeftConfig
+from peft.utils import PeftType
+
+TRAINABLE_PARTS = ("prompt", "transform", "linear1", "linear2")
+
+
+@dataclass
+class TopDownConfig(PeftConfig):
+    """Configuration of TOAST, top-down attention steering (https://arxiv.org/abs/2305.15542).
+
+    The frozen model runs once. Every token of its output is weighted by how similar it is to a learned *prompt* and
+    its channels go through a learned linear map, the *transform*. A chain of linear layers carries the result from the
+    last block to the first: `linear1` of a block passes it on downwards, `linear2` turns it into what is added to the
+    input of that block's value projection when the model runs a second time. The second output is the result.
+
+    Which parts the official code trains, as `trainable_parts`:
+
+    | stage | `r` | `trainable_parts` |
+    |---|---|---|
+    | ViT tuning; LLaMA pre-tuning | 0 | `["prompt", "linear1", "linear2"]` |
+    | ViT tuning, Lite | 4 | `["prompt", "transform", "linear1", "linear2"]` |
+    | LLaMA tuning | 0 | `["prompt", "linear2"]` |
+    | LLaMA tuning, Lite | 4 | `["prompt", "linear1", "linear2"]` |
+
+    Args:
+        r: rank of the feedback layers. 0 trains full `d x d` matrices; above 0 (TOAST-Lite) each is a fixed matrix plus
+            a trained product of rank `r`.
+        lora_alpha: the low-rank product is scaled by `lora_alpha / r`. The official code uses `lora_alpha=1`, `r=4`.
+        lora_dropout: dropout on the input of the low-rank product.
+        feedback_from: the feedback starts from the output of block `feedback_from - 1`; later blocks run only in the
+            second pass. A block index, or a fraction of the depth as a float. Default: the last block.
+        feedback_to: the feedback reaches down to block `feedback_to`; earlier blocks run only in the first pass. A block
+            index, or a fraction of the depth as a float. A forward costs `(feedback_from + L - feedback_to) / L` times
+            that of the base model with its `L` blocks.
+        trainable_parts: which of "prompt", "transform", "linear1" and "linear2" are trained. Default: all.
+        init_weights: True starts as an exact no-op (`linear1` identity, `linear2` zero). False is the random
+            initialisation of the official code, from which the adapted output differs from the base model's.
+        target_modules: names or a regular expression of the value projections, one in each block. Found by the model
+            type when not given.
+        exclude_modules: names or a regular expression of value projections to leave alone.
+        layers_to_transform: indices of the blocks that receive feedback. Default: all from `feedback_to` to
+            `feedback_from - 1`.
+        modules_to_save: modules besides the feedback that are trained and saved, for example a new classifier.
+        trainable_token_indices: indices of tokens whose embeddings are trained too, as in `LoraConfig`.
+        normalize_features: whether the feedback starts from the features after the model's final norm. Default: by the
+            model type (yes for ViT-like models, no for LLaMA-like models).
+        double_value_bias: add the bias of the value projection once more in the second pass, as the official ViT code
+            does. Needed for converted official checkpoints; it makes the output differ from the base model's even when
+            the feedback is zero.
+        backbone_type, num_blocks, hidden_size: the model the adapter was made for. Filled in when it is made and compared
+            when it is loaded; leave them alone.
+
+    Raises:
+        ValueError: for a value that makes no sense, naming it.
+    """
+
+    r: int = field(default=0, metadata={"help": "Rank of the feedback layers; 0 trains full matrices, > 0 is Lite."})
+    lora_alpha: float = field(
+        default=8, metadata={"help": "Lite: the low-rank product is scaled by lora_alpha / r."}
+    )
+    lora_dropout: float = field(default=0.0, metadata={"help": "Lite: dropout on the input of the low-rank product."})
+    feedback_from: int | float | None = field(
+        default=None,
+        metadata={
+            "help": "The feedback starts from the output of block feedback_from - 1: a block index, or a fraction of the "
+            "depth as a float. Default: the last block. Smaller ('early' feedback) is cheaper."
+        },
+    )
+    feedback_to: int | float = field(
+        default=0,
+        metadata={
+            "help": "The feedback reaches down to this block: a block index, or a fraction of the depth as a float. "
+            "Larger ('late' feedback) is cheaper."
+        },
+    )
+    trainable_parts: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Which of 'prompt' (weighs the tokens), 'transform' (maps the channels), 'linear1' (carries the "
+            "feedback from block to block) and 'linear2' (turns it into a change of the values) are trained. "
+            "Default: all."
+        },
+    )
+    init_weights: bool = field(
+        default=True,
+        metadata={"help": "True starts as an exact no-op, False with the official random initialisation."},
+    )
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Names or a regular expression of the value projections, one in each block. Found by the model type "
+            "when not given."
+        },
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names or a regular expression of value projections to leave alone."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the blocks that receive feedback. Default: all of the loop."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={"help": "Modules besides the feedback that are trained and saved, for example ['classifier']."},
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None,
+        metadata={
+            "help": "Indices of tokens whose embeddings are trained too; a dict names the embedding layer, for example "
+            "{'embed_tokens': [0, 1]}."
+        },
+    )
+    normalize_features: bool | None = field(
+        default=None,
+        metadata={"help": "Start from the features after the model's final norm. Default: by the model type."},
+    )
+    double_value_bias: bool = field(
+        default=False,
+        metadata={"help": "Add the value bias once more in the second pass, as the official ViT code does."},
+    )
+    backbone_type: str | None = field(
+        default=None, metadata={"help": "Model type the adapter was made for. Filled in, not to be set."}
+    )
+    num_blocks: int | None = field(
+        default=None, metadata={"help": "Number of blocks the adapter was made for. Filled in, not to be set."}
+    )
+    hidden_size: int | None = field(
+        default=None, metadata={"help": "Hidden size the adapter was made for. Filled in, not to be set."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.TOPDOWN
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, set(getattr(self, name)))
+        self.trainable_parts = _check_trainable_parts(self.trainable_parts)
+        self._check_rank()
+        self._check_range()
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError(
+                "`layers_to_transform` cannot be used when `target_modules` is a regular expression; "
+                "select the blocks in the expression."
+            )
+
+    def _check_rank(self) -> None:
+        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 0:
+            raise ValueError(f"`r` is {self.r!r}; expected 0 (full feedback layers) or a positive rank (Lite).")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"`lora_dropout` is {self.lora_dropout!r}; expected a probability in [0, 1).")
+
+    def _check_range(self) -> None:
+        for name in ("feedback_from", "feedback_to"):
+            value = getattr(self, name)
+            if value is None and name == "feedback_from":
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+                raise ValueError(f"`{name}` is {value!r}; expected a block index or a fraction of the depth.")
+            if isinstance(value, float) and value > 1:
+                raise ValueError(
+                    f"`{name}` is {value!r}; as a float it is a fraction of the depth, between 0.0 and 1.0. "
+                    f"Give a block index as an int."
+                )
+
+    def feedback_range(self, num_blocks: int) -> tuple[int, int]:
+        """The blocks of the feedback loop, `feedback_to <= l < feedback_from`, in a model with `num_blocks` blocks.
+
+        Returns:
+            `feedback_from` and `feedback_to` as block indices.
+
+        Raises:
+            ValueError: if the loop is empty or exceeds the model.
+        """
+        bounds = [num_blocks if self.feedback_from is None else self.feedback_from, self.feedback_to]
+        first, last = (round(b * num_blocks) if isinstance(b, float) else b for b in bounds)
+        if not 0 <= last < first <= num_blocks:
+            raise ValueError(
+                f"The feedback from block {first} (`feedback_from={self.feedback_from}`) down to block {last} "
+                f"(`feedback_to={self.feedback_to}`) does not fit a model with {num_blocks} blocks; expected "
+                f"0 <= feedback_to < feedback_from <= {num_blocks}."
+            )
+        return first, last
+
+
+def _check_trainable_parts(parts: Iterable[str] | None) -> list[str]:
+    parts = list(TRAINABLE_PARTS) if parts is None else [parts] if isinstance(parts, str) else list(parts)
+    unknown = sorted(set(parts) - set(TRAINABLE_PARTS))
+    if unknown or not parts:
+        raise ValueError(f"`trainable_parts` is {parts}; expected at least one of {list(TRAINABLE_PARTS)}.")
+    return [part for part in TRAINABLE_PARTS if part in parts]

@@ -1,0 +1,263 @@
+"""The mathematics of TOAST: feature selection and the feedback path, and the parameters they train.
+
+    features x of pass 1 --> m = clamp(cos(x, prompt), 0, 1) --> z_L = (m * x) @ transform
+                                                                  |
+    block L-1   td = linear2(z)  <--  z = linear1(z_L)           <-+
+    block L-2   td = linear2(z)  <--  z = linear1(z of block L-1)
+       ...
+
+Source: https://arxiv.org/abs/2305.15542; official code https://github.com/bfshi/TOAST,
+`visual_classification/src/models/vit/vit_top_down.py` and `language_generation/models/llama_top_down.py`.
+
+Notation used for tensor shapes:
+    - b: batch size
+    - n: number of tokens
+    - d: hidden size
+    - r: rank of TOAST-Lite
+"""
+
+import math
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch.nn import functional as F
+
+from .config import TopDownConfig
+
+NO_MERGE = (
+    "TOAST cannot be merged into the base model: the feedback depends on the input, it is not a change of weights. "
+    "Keep the adapter, or use `unload()` to get the plain base model back."
+)
+
+
+class TopDownLayer(nn.Module, BaseTunerLayer):
+    """What the parts of the feedback share: containers keyed by adapter name, as PEFT wants them.
+
+    Args:
+        value_projection: the layer whose device and dtype new parameters take. It stays a part of its own block.
+    """
+
+    cast_input_dtype_enabled = True
+    # Container name without prefix -> the entry of `trainable_parts` it belongs to.
+    parts: dict[str, str] = {}
+
+    def __init__(self, value_projection: nn.Module) -> None:
+        super().__init__()
+        # Past nn.Module's registration: the projection must not become a second owner's submodule.
+        self.__dict__["value_projection"] = value_projection
+        self.in_features = self.out_features = value_projection.in_features
+        self.frozen_peft_weight_names = {}
+        self.merged_adapters = []
+
+    def get_base_layer(self) -> nn.Module:
+        """The value projection without any wrapper of another method; PEFT takes device and dtype from it."""
+        layer = self.value_projection
+        return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+
+    def _finish_update(self, adapter_name: str, config: TopDownConfig, frozen: tuple[str, ...] = ()) -> None:
+        parts = {f"topdown_{name}": part for name, part in self.parts.items()}
+        untrained = {name for name, part in parts.items() if part not in config.trainable_parts}
+        self.frozen_peft_weight_names[adapter_name] = tuple(sorted(untrained | set(frozen)))
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Always raises: feedback depends on the input."""
+        raise NotImplementedError(NO_MERGE)
+
+    def unmerge(self) -> None:
+        """Always raises: feedback is never merged."""
+        raise NotImplementedError(NO_MERGE)
+
+
+class FeatureSelection(TopDownLayer):
+    """Keeps what matters for the task in the features of pass 1 (the paper's "feature selection").
+
+    Formula: `m = clamp(cos(x, prompt), 0, 1)`, `z = (m * x) @ transform`.
+
+    The transform multiplies from the right, untransposed, as `top_down_transform` of the official code.
+    """
+
+    adapter_layer_names = ("topdown_prompt", "topdown_transform")
+    other_param_names = ("topdown_config",)
+    parts = {"prompt": "prompt", "transform": "transform"}
+
+    def __init__(self, value_projection: nn.Module) -> None:
+        super().__init__(value_projection)
+        self.topdown_prompt = nn.ParameterDict()
+        self.topdown_transform = nn.ParameterDict()
+        self.topdown_config: dict[str, TopDownConfig] = {}
+
+    def update_layer(self, adapter_name: str, config: TopDownConfig) -> None:
+        """Create the prompt `[d]` and the transform `[d, d]` of an adapter.
+
+        The cosine does not depend on the prompt's length, which only sets how far a gradient step turns it.
+        """
+        self.topdown_config[adapter_name] = config
+        prompt = torch.randn(self.in_features)
+        self.topdown_prompt[adapter_name] = nn.Parameter(prompt * 0.02 if config.init_weights else prompt)
+        self.topdown_transform[adapter_name] = nn.Parameter(torch.eye(self.in_features))
+        self._finish_update(adapter_name, config)
+
+    def mask(self, features: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        """Weight of each token, clamp(cos(x, prompt), 0, 1).
+
+        Args:
+            features: features of pass 1. Shape: [b, n, d]
+
+        Returns:
+            Weights in [0, 1]. Shape: [b, n, 1]
+        """
+        prompt = self.topdown_prompt[adapter_name]
+        features = self._cast_input_dtype(features, prompt.dtype)
+        # As the official code: an eps of 1e-12 on each norm. Not a matmul, which autocast would run in low precision.
+        cosine = (F.normalize(features, dim=-1) * F.normalize(prompt, dim=-1)).sum(-1, keepdim=True)
+        return cosine.clamp(0, 1)
+
+    def forward(self, features: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        """Select tokens, then channels.
+
+        Args:
+            features: features of pass 1. Shape: [b, n, d]
+
+        Returns:
+            What the feedback path starts from. Shape: [b, n, d]
+        """
+        transform = self.topdown_transform[adapter_name]
+        features = self._cast_input_dtype(features, transform.dtype)
+        return (self.mask(features, adapter_name) * features) @ transform
+
+
+class FeedbackLayer(TopDownLayer):
+    """One block's share of the feedback path.
+
+    Formula: `z_l = linear1(z_{l+1})`, `td_l = linear2(z_l)`; both without bias, `[d, d]`. In TOAST-Lite
+    (`r > 0`) each is `W + (lora_alpha / r) * B A` with `W` fixed; the identity and the zero that `init_weights=True`
+    fixes `linear1` and `linear2` to are not stored.
+    """
+
+    adapter_layer_names = tuple(
+        f"topdown_{linear}{suffix}" for linear in ("linear1", "linear2") for suffix in ("", "_A", "_B")
+    )
+    other_param_names = ("topdown_dropout", "topdown_scaling")
+    parts = {f"{linear}{suffix}": linear for linear in ("linear1", "linear2") for suffix in ("", "_A", "_B")}
+
+    def __init__(self, value_projection: nn.Module) -> None:
+        super().__init__(value_projection)
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ModuleDict())
+        self.topdown_dropout = nn.ModuleDict()
+        self.topdown_scaling: dict[str, float] = {}
+
+    def update_layer(self, adapter_name: str, config: TopDownConfig) -> None:
+        """Create `linear1` and `linear2` of an adapter, or their low-rank factors and what these are added to."""
+        d, r = self.in_features, config.r
+        if r == 0 or not config.init_weights:
+            self.topdown_linear1[adapter_name] = nn.Linear(d, d, bias=False)
+            self.topdown_linear2[adapter_name] = nn.Linear(d, d, bias=False)
+        if r > 0:
+            for name in ("topdown_linear1", "topdown_linear2"):
+                getattr(self, f"{name}_A")[adapter_name] = nn.Linear(d, r, bias=False)
+                getattr(self, f"{name}_B")[adapter_name] = nn.Linear(r, d, bias=False)
+            self.topdown_scaling[adapter_name] = config.lora_alpha / r
+            self.topdown_dropout[adapter_name] = nn.Dropout(config.lora_dropout)
+        self.reset_parameters(adapter_name, config.init_weights)
+        self._finish_update(adapter_name, config, frozen=("topdown_linear1", "topdown_linear2") if r > 0 else ())
+
+    @torch.no_grad()
+    def reset_parameters(self, adapter_name: str, init_weights: bool) -> None:
+        """Initialise: the exact no-op (`linear1` identity, `linear2` zero), or normal with std 0.02 as officially."""
+        if adapter_name in self.topdown_linear1:
+            linear1, linear2 = self.topdown_linear1[adapter_name].weight, self.topdown_linear2[adapter_name].weight
+            if init_weights:
+                nn.init.eye_(linear1)
+                nn.init.zeros_(linear2)
+            else:
+                nn.init.normal_(linear1, std=0.02)
+                nn.init.normal_(linear2, std=0.02)
+        for name in ("topdown_linear1", "topdown_linear2"):
+            if adapter_name in getattr(self, f"{name}_A"):
+                nn.init.kaiming_uniform_(getattr(self, f"{name}_A")[adapter_name].weight, a=math.sqrt(5))
+                nn.init.zeros_(getattr(self, f"{name}_B")[adapter_name].weight)
+
+    def forward(self, z: torch.Tensor, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """One step down the feedback path.
+
+        Args:
+            z: what the block above passes on, or the selected features. Shape: [b, n, d]
+
+        Returns:
+            What the block below gets, and the feedback of this block. Shapes: [b, n, d], [b, n, d]
+        """
+        z = self._linear1(z, adapter_name)
+        return z, self._linear2(z, adapter_name)
+
+    def _linear1(self, z: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        fixed = self.topdown_linear1[adapter_name](z) if adapter_name in self.topdown_linear1 else z
+        if adapter_name not in self.topdown_scaling:
+            return fixed
+        return fixed + self._low_rank("topdown_linear1", z, adapter_name)
+
+    def _linear2(self, z: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        if adapter_name not in self.topdown_scaling:
+            return self.topdown_linear2[adapter_name](z)
+        low_rank = self._low_rank("topdown_linear2", z, adapter_name)
+        return self.topdown_linear2[adapter_name](z) + low_rank if adapter_name in self.topdown_linear2 else low_rank
+
+    def _low_rank(self, name: str, z: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        down, up = getattr(self, f"{name}_A")[adapter_name], getattr(self, f"{name}_B")[adapter_name]
+        return up(down(self.topdown_dropout[adapter_name](z))) * self.topdown_scaling[adapter_name]
+
+
+class FeedbackPath(nn.Module):
+    """Feature selection and the chain of feedback layers of one stack of blocks.
+
+    It is a child of the backbone and outside of its blocks, so that the whole chain can run between the two passes also
+    where each block is a unit of sharding or offloading.
+
+    Args:
+        value_projection: a layer whose device and dtype the feature selection takes.
+    """
+
+    def __init__(self, value_projection: nn.Module) -> None:
+        super().__init__()
+        self.selection = FeatureSelection(value_projection)
+        self.layers = nn.ModuleDict()
+
+    def add_block(self, index: int, value_projection: nn.Module) -> FeedbackLayer:
+        """The feedback layer of a block, made if it is not there."""
+        if str(index) not in self.layers:
+            self.layers[str(index)] = FeedbackLayer(value_projection)
+        return self.layers[str(index)]
+
+    @property
+    def active_adapter(self) -> str | None:
+        """The adapter whose feedback the next forward uses, `None` if there is none or it is disabled."""
+        if self.selection.disable_adapters:
+            return None
+        return next((name for name in self.selection.active_adapters if name in self.selection.topdown_config), None)
+
+    def blocks_of(self, adapter_name: str) -> list[int]:
+        """Indices of the blocks that receive feedback, from the top down."""
+        has = (int(index) for index, layer in self.layers.items() if adapter_name in layer.topdown_linear1
+               or adapter_name in layer.topdown_linear1_A)
+        return sorted(has, reverse=True)
+
+    def forward(self, features: torch.Tensor, adapter_name: str) -> dict[int, torch.Tensor]:
+        """The feedback of every block.
+
+        Args:
+            features: features of pass 1. Shape: [b, n, d]
+
+        Returns:
+            For each block index what is added to the input of its value projection. Shape: [b, n, d]
+        """
+        z = self.selection(features, adapter_name)
+        feedback = {}
+        for index in self.blocks_of(adapter_name):
+            layer = self.layers[str(index)]
+            z = z.to(next(layer.parameters()).device)  # the blocks may be spread over several devices
+            z, feedback[index] = layer(z, adapter_name)
+        return feedback
+

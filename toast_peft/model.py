@@ -1,0 +1,231 @@
+"""`TopDownModel`: TOAST as a PEFT tuner."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from .block_stack import BlockStack, find_block_stack
+from .config import TopDownConfig
+from .feedback import NO_MERGE, FeedbackPath, TopDownLayer
+from .passes import TwoPasses
+
+# Modules that PEFT itself adds to `modules_to_save` by task type, whether the model has them or not.
+_HEADS_ADDED_BY_PEFT = {"classifier", "score", "qa_outputs"}
+
+
+class TopDownModel(BaseTuner):
+    """Adapts a frozen model with TOAST (https://arxiv.org/abs/2305.15542).
+
+    Made by `get_peft_model(model, TopDownConfig(...))`. All it adds to the model is a `feedback_path`
+    ([`FeedbackPath`]) on the module that owns the blocks; that module then runs twice in each forward.
+    """
+
+    prefix: str = "topdown_"
+    tuner_layer_cls = TopDownLayer
+    target_module_mapping: dict = {}
+
+    # ------------------------------------------------------------------------------------------------- injection
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter to the model; called by PEFT. On failure the model is as it was before."""
+        trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            _undo_injection(model, adapter_name, trainable)
+            raise
+        self._stack.backbone.feedback_path.trainable_before = trainable
+
+    def _prepare_adapter_config(self, peft_config: TopDownConfig, model_config: dict) -> TopDownConfig:
+        # Everything that can be wrong with the config is found here, before the model is touched.
+        self._stack = find_block_stack(self.model, peft_config)
+        _check_modules_to_save(self.model, peft_config)
+        if peft_config.normalize_features and self._stack.final_norm is None:
+            raise ValueError(
+                f"`normalize_features=True`, but the final norm of {self._stack.model_type!r} is not known; "
+                "leave it at None or False."
+            )
+        adapter_name = next(name for name, config in self.peft_config.items() if config is peft_config)
+        # A copy, so that the same config object can be used for other models.
+        peft_config = self.peft_config[adapter_name] = _with_base_model_facts(peft_config, self._stack)
+        return peft_config
+
+    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:
+        return key in self._stack.names
+
+    def _create_and_replace(
+        self,
+        peft_config: TopDownConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        # Nothing is replaced: the value projection stays what it is, be it quantised or wrapped by another method.
+        stack = self._stack
+        if not isinstance(getattr(stack.backbone, "feedback_path", None), FeedbackPath):
+            top = stack.value_projections[max(stack.value_projections)]
+            stack.backbone.feedback_path = FeedbackPath(top)
+            stack.backbone.feedback_path.passes = TwoPasses(stack, stack.backbone.feedback_path)
+        path = stack.backbone.feedback_path
+        if adapter_name not in path.selection.topdown_config:
+            path.selection.update_layer(adapter_name, peft_config)
+        index = stack.names[current_key]
+        path.add_block(index, target).update_layer(adapter_name, peft_config)
+        path.passes.add_value_projection(index, target)
+
+    # --------------------------------------------------------------------------------------- switching and removing
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make an adapter the active one.
+
+        Raises:
+            ValueError: if several are named; feedback of several adapters at a time is not defined.
+        """
+        if not isinstance(adapter_name, str) and len(adapter_name) > 1:
+            raise ValueError(f"TOAST runs one adapter at a time, but {list(adapter_name)} were to be activated.")
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter. If it was active, the first of the others becomes active."""
+        super().delete_adapter(adapter_name)
+        # Each layer chose a new active adapter among those it has itself; make them agree.
+        if self.active_adapter:
+            self.set_adapter(self.active_adapter)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        if merge:
+            self._check_merge_allowed()
+        for backbone, _ in list(_feedback_paths(self.model)):
+            _remove_feedback_path(backbone)
+        return super()._unload_and_optionally_merge(merge, *args, **kwargs)
+
+    def _check_merge_allowed(self) -> None:
+        raise NotImplementedError(NO_MERGE)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise NotImplementedError(
+                "TOAST does not support `adapter_names`, a different adapter for each row of a batch. Run the rows of "
+                "each adapter in a batch of their own, after `set_adapter`."
+            )
+        yield
+
+    # ----------------------------------------------------------------------------------------------------- loading
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: TopDownConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        expected = {
+            name: parameter.shape
+            for name, parameter in model.named_parameters()
+            if cls.prefix in name and (name.endswith(f".{adapter_name}") or f".{adapter_name}." in name)
+        }
+        found = {name.removeprefix("base_model.model."): tensor for name, tensor in remapped.items()}
+        expected = {name.removeprefix("base_model.model."): shape for name, shape in expected.items()}
+        problems = _differences(expected, {n: tuple(t.shape) for n, t in found.items() if cls.prefix in n})
+        if problems:
+            base_model = model.get_base_model() if isinstance(model, PeftModel) else model
+            [(_, path), *_] = _feedback_paths(base_model)
+            _undo_injection(base_model, adapter_name, path.trainable_before)
+            raise ValueError(
+                f"The weights of the TOAST adapter {adapter_name!r} do not fit its config and this model: "
+                + "; ".join(problems)
+            )
+        return remapped
+
+
+def _with_base_model_facts(config: TopDownConfig, stack: BlockStack) -> TopDownConfig:
+    """The config with what it was made for, or an error if that is another model than this one."""
+    facts = {
+        "backbone_type": stack.model_type,
+        "num_blocks": len(stack.blocks),
+        "hidden_size": stack.hidden_size,
+    }
+    made_for = {name: getattr(config, name) for name in facts}
+    different = [name for name, value in made_for.items() if value is not None and value != facts[name]]
+    if different:
+        raise ValueError(
+            "This TOAST adapter does not fit the base model: "
+            + "; ".join(f"it was made for {name}={made_for[name]!r}, the model has {facts[name]!r}" for name in different)
+            + "."
+        )
+    config = copy(config)
+    for name, value in facts.items():
+        setattr(config, name, value)
+    return config
+
+
+def _check_modules_to_save(model: nn.Module, config: TopDownConfig) -> None:
+    for name in config.modules_to_save or []:
+        if name not in _HEADS_ADDED_BY_PEFT and not any(key.endswith(name) for key, _ in model.named_modules()):
+            raise ValueError(
+                f"`modules_to_save` names {name!r}, but {type(model).__name__} has no such module; its own are "
+                f"{[key for key, _ in model.named_children()]}."
+            )
+
+
+def _differences(expected: dict[str, tuple], found: dict[str, tuple]) -> list[str]:
+    """What differs between two sets of named shapes, in words."""
+    problems = []
+    for what, names in (("missing", expected.keys() - found.keys()), ("unexpected", found.keys() - expected.keys())):
+        if names:
+            problems.append(f"{what}: {', '.join(sorted(names))}")
+    shapes = [
+        f"{name} has shape {list(found[name])}, expected {list(expected[name])}"
+        for name in sorted(expected.keys() & found.keys())
+        if tuple(expected[name]) != tuple(found[name])
+    ]
+    return problems + shapes
+
+
+def _feedback_paths(model: nn.Module) -> Iterator[tuple[nn.Module, FeedbackPath]]:
+    """All backbones in the model that have a feedback path, with it."""
+    for module in model.modules():
+        path = module._modules.get("feedback_path")
+        if isinstance(path, FeedbackPath):
+            yield module, path
+
+
+def _remove_feedback_path(backbone: nn.Module) -> None:
+    backbone.feedback_path.passes.remove()
+    del backbone.feedback_path
+
+
+def _undo_injection(model: nn.Module, adapter_name: str, trainable: set[str]) -> None:
+    """Take an adapter out of a base model again, with all that came with it.
+
+    Args:
+        model: the base model.
+        adapter_name: the adapter to remove. The feedback path goes with its last adapter.
+        trainable: names of the parameters that required a gradient before.
+    """
+    for backbone, path in list(_feedback_paths(model)):
+        for module in path.modules():
+            if isinstance(module, TopDownLayer):
+                module.delete_adapter(adapter_name)
+        if not path.selection.topdown_config:
+            _remove_feedback_path(backbone)
+    for name, wrapper in list(model.named_modules()):
+        if isinstance(wrapper, AuxiliaryTrainingWrapper):
+            wrapper.delete_adapter(adapter_name, [a for a in wrapper.active_adapters if a != adapter_name])
+            if not wrapper._get_available_adapters():
+                model.set_submodule(name, wrapper.original_module)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = name in trainable
+    configs = getattr(model, "peft_config", {})
+    configs.pop(adapter_name, None)
+    if not configs and hasattr(model, "peft_config"):
+        del model.peft_config

@@ -1,0 +1,326 @@
+"""Runs a backbone twice.
+
+    input --> pass 1, blocks 0 .. feedback_from - 1 --> features --> feedback path --> td of every block
+    input --> pass 2, blocks feedback_to .. L - 1, value projections see h + td --> output
+
+The backbone's own forward is called for both passes, so masks, position embeddings and whatever else the model does
+around its blocks stay its own. In pass 1 the blocks from `feedback_from` on hand their input through; in pass 2 the
+blocks below `feedback_to` return what pass 1 computed, which is the same.
+
+Three kinds of modules get another `forward`: the backbone, its blocks, and the value projections. Python state says
+which pass is running; it is kept per thread and restored when a forward ends, however it ends.
+"""
+
+import functools
+import inspect
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from .block_stack import BlockStack
+from .cache import TwoPassCache, refuse_two_pass_cache
+from .config import TopDownConfig
+from .feedback import FeedbackPath
+
+
+class Feedback(NamedTuple):
+    """What the value projection of the running block has to add.
+
+    Args:
+        td: added to the projection's input. Shape: [b, n, d]
+        double_bias: whether the projection's bias is added once more (official ViT).
+    """
+
+    td: torch.Tensor
+    double_bias: bool
+
+
+@dataclass
+class Run:
+    """State of one forward of the backbone.
+
+    Args:
+        feedback_from: blocks from here on are skipped in pass 1.
+        feedback_to: blocks below are skipped in pass 2, unless `repeat_lower_blocks`.
+        double_bias: see `Feedback`.
+        repeat_lower_blocks: run the blocks below `feedback_to` in pass 2 as well, so that something recorded inside of
+            them (attentions) is there.
+        first_pass: which pass is running.
+        outputs: what the blocks returned in pass 1: those below `feedback_to`, and the last one that ran.
+        feedback: for each block index what its value projection adds in pass 2.
+    """
+
+    feedback_from: int
+    feedback_to: int
+    double_bias: bool
+    repeat_lower_blocks: bool
+    first_pass: bool = True
+    outputs: dict[int, Any] = field(default_factory=dict)
+    feedback: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def features(self) -> torch.Tensor:
+        """Hidden states after block `feedback_from - 1`. Shape: [b, n, d]"""
+        output = self.outputs[self.feedback_from - 1]
+        return output[0] if isinstance(output, tuple) else output
+
+
+class ThreadState(threading.local):
+    """The running forward and the running block's feedback, each thread its own; copies start empty."""
+
+    run: Run | None = None
+    feedback: Feedback | None = None
+
+    def __deepcopy__(self, memo: dict) -> "ThreadState":
+        return ThreadState()
+
+    def __reduce__(self) -> tuple:
+        return ThreadState, ()
+
+
+class ReplacedForward:
+    """A module's `forward` on the instance, in front of the one of its class.
+
+    An object instead of a closure, so that a deep copy of the model is bound to the copied modules.
+    """
+
+    def __init__(self, module: nn.Module, state: ThreadState) -> None:
+        self.module = module
+        self.state = state
+        # Another library may have replaced the forward of this instance already (accelerate does, for offloading).
+        self.previous: Callable | None = module.__dict__.get("forward")
+        module.forward = self
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        signature = inspect.signature(self.previous or type(self.module).forward)
+        if self.previous is not None:
+            return signature
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward that was there before."""
+        if self.previous is not None:
+            return self.previous(*args, **kwargs)
+        # Looked up now: FSDP2 changes the class of the module.
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    def remove(self) -> None:
+        """Put the previous forward back, also from beneath a later replacement by accelerate."""
+        attributes = self.module.__dict__
+        for name in ("forward", "_old_forward"):
+            if attributes.get(name) is self:
+                if self.previous is not None:
+                    attributes[name] = self.previous
+                elif name == "forward":
+                    del attributes[name]
+                else:
+                    attributes[name] = type(self.module).forward.__get__(self.module)
+
+
+class ValueForward(ReplacedForward):
+    """Forward of a value projection: `v = W (h + td) + b`."""
+
+    def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        feedback = self.state.feedback
+        if feedback is None:
+            return self.original(hidden_states, *args, **kwargs)
+        td = feedback.td.to(device=hidden_states.device, dtype=hidden_states.dtype)
+        value = self.original(hidden_states + td, *args, **kwargs)
+        # Official ViT: v = W h + b + W td + b.
+        return value + self.module.bias if feedback.double_bias and self.module.bias is not None else value
+
+
+class CheckpointWithFeedback:
+    """A gradient checkpointing function that hands the feedback to the checkpointed call as a tensor argument.
+
+    The block runs again in the backward pass, when the forward is over and perhaps another one has begun. As an argument
+    the feedback is there again, and it gets its gradient also from reentrant checkpointing.
+    """
+
+    def __init__(self, checkpoint: Callable, state: ThreadState) -> None:
+        self.checkpoint = checkpoint
+        self.state = state
+
+    def __call__(self, function: Callable, *args: Any) -> Any:
+        if not torch.is_grad_enabled():  # pass 1 of a frozen model: nothing to recompute
+            return function(*args)
+        feedback = self.state.feedback
+        td, double_bias = feedback if feedback is not None else (None, False)
+        return self.checkpoint(functools.partial(self.run, function, double_bias), td, *args)
+
+    def run(self, function: Callable, double_bias: bool, td: torch.Tensor | None, *args: Any) -> Any:
+        """The checkpointed call, in the forward and again in the backward pass, where it may be another thread."""
+        previous = self.state.feedback
+        self.state.feedback = None if td is None else Feedback(td, double_bias)
+        try:
+            return function(*args)
+        finally:
+            self.state.feedback = previous
+
+
+class BlockForward(ReplacedForward):
+    """Forward of a block: skips it where a pass does not need it, and gives it its feedback in pass 2."""
+
+    def __init__(self, module: nn.Module, state: ThreadState, index: int) -> None:
+        super().__init__(module, state)
+        self.index = index
+        self.carry_feedback_through_checkpoints()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        run = self.state.run
+        if run is None:
+            return self.original(*args, **kwargs)
+        self.carry_feedback_through_checkpoints()
+        if run.first_pass:
+            return self._first_pass(run, *args, **kwargs)
+        if self.index < run.feedback_to and not run.repeat_lower_blocks:
+            return run.outputs[self.index]
+        if self.index in run.feedback:
+            self.state.feedback = Feedback(run.feedback[self.index], run.double_bias)
+        try:
+            return self.original(*args, **kwargs)
+        finally:
+            self.state.feedback = None
+
+    def _first_pass(self, run: Run, *args: Any, **kwargs: Any) -> Any:
+        if self.index >= run.feedback_from:
+            # Unchanged hidden states in the form a block of this model returns them.
+            return run.outputs[run.feedback_from - 1]
+        output = self.original(*args, **kwargs)
+        if self.index < run.feedback_to or self.index == run.feedback_from - 1:
+            run.outputs[self.index] = output
+        return output
+
+    def carry_feedback_through_checkpoints(self) -> None:
+        """Wrap the block's checkpointing function; again at each forward, as enabling checkpointing sets a new one."""
+        checkpoint = getattr(self.module, "_gradient_checkpointing_func", None)
+        if checkpoint is not None and not isinstance(checkpoint, CheckpointWithFeedback):
+            self.module._gradient_checkpointing_func = CheckpointWithFeedback(checkpoint, self.state)
+
+    def remove(self) -> None:
+        super().remove()
+        checkpoint = getattr(self.module, "_gradient_checkpointing_func", None)
+        if isinstance(checkpoint, CheckpointWithFeedback):
+            self.module._gradient_checkpointing_func = checkpoint.checkpoint
+
+
+class BackboneForward(ReplacedForward):
+    """Forward of the backbone: pass 1, feedback, pass 2; or just the one pass if no adapter is active."""
+
+    def __init__(self, stack: BlockStack, path: FeedbackPath, state: ThreadState) -> None:
+        parameters = inspect.signature(stack.backbone.forward).parameters
+        self.argument_names = tuple(parameters)
+        takes_any = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values())
+        # What a caller wants to record is recorded in pass 2.
+        recordings = ("output_hidden_states", "output_attentions")
+        self.not_recorded = {name: False for name in recordings if takes_any or name in parameters}
+        super().__init__(stack.backbone, state)
+        self.blocks = stack.blocks
+        self.final_norm = stack.final_norm
+        self.normalize_features = stack.normalize_features
+        self.path = path
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        kwargs = dict(zip(self.argument_names, args)) | kwargs
+        adapter_name = self.path.active_adapter
+        outer = self.state.run, self.state.feedback
+        # Also without an adapter: this forward may be called from inside of a pass 2 of the same backbone.
+        self.state.run = self.state.feedback = None
+        try:
+            if adapter_name is None:
+                refuse_two_pass_cache(kwargs.get("past_key_values"))
+                return self.original(**kwargs)
+            return self._run_twice(adapter_name, kwargs)
+        finally:
+            self.state.run, self.state.feedback = outer
+
+    def _run_twice(self, adapter_name: str, kwargs: dict[str, Any]) -> Any:
+        config = self.path.selection.topdown_config[adapter_name]
+        run = self._new_run(config, kwargs)
+        cache = self._cache(adapter_name, run, kwargs)
+        self._first_pass(run, kwargs if cache is None else kwargs | {"past_key_values": cache.first_pass})
+        run.feedback = self.path(self._features(run, config), adapter_name)
+        run.first_pass = False
+        self.state.run = run
+        if cache is None:
+            return self.original(**kwargs)
+        return cache.restore(self.original(**kwargs | {"past_key_values": cache.second_pass}))
+
+    def _new_run(self, config: TopDownConfig, kwargs: dict[str, Any]) -> Run:
+        feedback_from, feedback_to = config.feedback_range(len(self.blocks))
+        recorded = ("output_attentions", "output_router_logits")
+        return Run(
+            feedback_from,
+            feedback_to,
+            config.double_value_bias,
+            repeat_lower_blocks=any(self._option(name, kwargs) for name in recorded),
+        )
+
+    def _option(self, name: str, kwargs: dict[str, Any]) -> Any:
+        value = kwargs.get(name)
+        return getattr(getattr(self.module, "config", None), name, None) if value is None else value
+
+    def _cache(self, adapter_name: str, run: Run, kwargs: dict[str, Any]) -> TwoPassCache | None:
+        if "past_key_values" not in self.argument_names:
+            return None
+        cache = kwargs.get("past_key_values")
+        if cache is None:
+            checkpointing = self.module.training and getattr(self.module, "gradient_checkpointing", False)
+            if checkpointing or not self._option("use_cache", kwargs):
+                return None
+        key = (adapter_name, run.feedback_from, run.feedback_to)
+        return TwoPassCache.prepare(cache, self.module.config, len(self.blocks), key)
+
+    def _first_pass(self, run: Run, kwargs: dict[str, Any]) -> None:
+        self.state.run = run
+        needs_graph = torch.is_grad_enabled() and self._first_pass_is_trained(run, kwargs)
+        with torch.set_grad_enabled(needs_graph):
+            self.original(**kwargs | self.not_recorded)
+
+    def _first_pass_is_trained(self, run: Run, kwargs: dict[str, Any]) -> bool:
+        """Whether the features of pass 1 depend on something that wants a gradient."""
+        if any(isinstance(value, torch.Tensor) and value.requires_grad for value in kwargs.values()):
+            return True
+        unused = {self.path, self.final_norm, *self.blocks[run.feedback_from :]}
+        return any(parameter.requires_grad for parameter in _parameters_outside(self.module, unused))
+
+    def _features(self, run: Run, config: TopDownConfig) -> torch.Tensor:
+        normalize = self.normalize_features if config.normalize_features is None else config.normalize_features
+        return self.final_norm(run.features) if normalize else run.features
+
+
+def _parameters_outside(module: nn.Module, excluded: set[nn.Module | None]) -> Any:
+    yield from module.parameters(recurse=False)
+    for child in module.children():
+        if child not in excluded:
+            yield from _parameters_outside(child, excluded)
+
+
+class TwoPasses:
+    """The replaced forwards of one backbone.
+
+    Args:
+        stack: the backbone and its blocks.
+        path: computes the feedback.
+    """
+
+    def __init__(self, stack: BlockStack, path: FeedbackPath) -> None:
+        self.state = ThreadState()
+        self.backbone_forward = BackboneForward(stack, path, self.state)
+        self.block_forwards = [BlockForward(block, self.state, index) for index, block in enumerate(stack.blocks)]
+        self.value_forwards: dict[int, ValueForward] = {}
+
+    def add_value_projection(self, index: int, value_projection: nn.Module) -> None:
+        """Let the value projection of a block receive feedback."""
+        if index not in self.value_forwards:
+            self.value_forwards[index] = ValueForward(value_projection, self.state)
+
+    def remove(self) -> None:
+        """Leave the modules as they were."""
+        for forward in (self.backbone_forward, *self.block_forwards, *self.value_forwards.values()):
+            forward.remove()
