@@ -111,9 +111,7 @@ def _stack_by_model_type(model: nn.Module, known: dict[str, Architecture]) -> Bl
     return _make_stack(model, backbone_name, prefix, architecture, names)
 
 
-def _stack_by_target_modules(
-    model: nn.Module, known: dict[str, Architecture], config: TopDownConfig
-) -> BlockStack:
+def _stack_by_target_modules(model: nn.Module, known: dict[str, Architecture], config: TopDownConfig) -> BlockStack:
     # The index of a block is taken from its place in the stack, not from a pattern in its name as PEFT does, which
     # needs a name before the list and finds none on a bare ViTModel.
     pattern = replace(config, layers_to_transform=None, exclude_modules=None)

@@ -57,7 +57,9 @@ class TwoPassCache:
         self.second_pass = cache
 
     @classmethod
-    def prepare(cls, cache: Cache | None, model_config: Any, num_blocks: int, key: tuple[str, int, int]) -> "TwoPassCache":
+    def prepare(
+        cls, cache: Cache | None, model_config: Any, num_blocks: int, key: tuple[str, int, int]
+    ) -> "TwoPassCache":
         """The two passes' cache for the coming forward.
 
         Args:

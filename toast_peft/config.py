@@ -60,9 +60,7 @@ class TopDownConfig(PeftConfig):
     """
 
     r: int = field(default=0, metadata={"help": "Rank of the feedback layers; 0 trains full matrices, > 0 is Lite."})
-    lora_alpha: float = field(
-        default=8, metadata={"help": "Lite: the low-rank product is scaled by lora_alpha / r."}
-    )
+    lora_alpha: float = field(default=8, metadata={"help": "Lite: the low-rank product is scaled by lora_alpha / r."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Lite: dropout on the input of the low-rank product."})
     feedback_from: int | float | None = field(
         default=None,

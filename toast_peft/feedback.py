@@ -240,8 +240,11 @@ class FeedbackPath(nn.Module):
 
     def blocks_of(self, adapter_name: str) -> list[int]:
         """Indices of the blocks that receive feedback, from the top down."""
-        has = (int(index) for index, layer in self.layers.items() if adapter_name in layer.topdown_linear1
-               or adapter_name in layer.topdown_linear1_A)
+        has = (
+            int(index)
+            for index, layer in self.layers.items()
+            if adapter_name in layer.topdown_linear1 or adapter_name in layer.topdown_linear1_A
+        )
         return sorted(has, reverse=True)
 
     def forward(self, features: torch.Tensor, adapter_name: str) -> dict[int, torch.Tensor]:
@@ -260,4 +263,3 @@ class FeedbackPath(nn.Module):
             z = z.to(next(layer.parameters()).device)  # the blocks may be spread over several devices
             z, feedback[index] = layer(z, adapter_name)
         return feedback
-

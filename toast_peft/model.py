@@ -159,7 +159,9 @@ def _with_base_model_facts(config: TopDownConfig, stack: BlockStack) -> TopDownC
     if different:
         raise ValueError(
             "This TOAST adapter does not fit the base model: "
-            + "; ".join(f"it was made for {name}={made_for[name]!r}, the model has {facts[name]!r}" for name in different)
+            + "; ".join(
+                f"it was made for {name}={made_for[name]!r}, the model has {facts[name]!r}" for name in different
+            )
             + "."
         )
     config = copy(config)
