@@ -100,7 +100,7 @@ def _stack_by_model_type(model: nn.Module, known: dict[str, Architecture]) -> Bl
     if len(known) > 1:
         raise ValueError(
             f"{type(model).__name__} has several stacks of blocks: {sorted(known)}. Choose one with `target_modules`, "
-            f"for example target_modules=r'{re.escape(sorted(known)[0])}\\..*v_proj'."
+            f"for example target_modules=r'{re.escape(min(known))}\\..*v_proj'."
         )
     [(backbone_name, architecture)] = known.items()
     prefix = _join(backbone_name, architecture.blocks)

@@ -17,6 +17,7 @@ Notation used for tensor shapes:
 """
 
 import math
+from typing import ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -40,7 +41,7 @@ class TopDownLayer(nn.Module, BaseTunerLayer):
 
     cast_input_dtype_enabled = True
     # Container name without prefix -> the entry of `trainable_parts` it belongs to.
-    parts: dict[str, str] = {}
+    parts: ClassVar[dict[str, str]] = {}
 
     def __init__(self, value_projection: nn.Module) -> None:
         super().__init__()
@@ -56,7 +57,7 @@ class TopDownLayer(nn.Module, BaseTunerLayer):
         return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
 
     def _finish_update(self, adapter_name: str, config: TopDownConfig, frozen: tuple[str, ...] = ()) -> None:
-        parts = {f"topdown_{name}": part for name, part in self.parts.items()}
+        parts: ClassVar = {f"topdown_{name}": part for name, part in self.parts.items()}
         untrained = {name for name, part in parts.items() if part not in config.trainable_parts}
         self.frozen_peft_weight_names[adapter_name] = tuple(sorted(untrained | set(frozen)))
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -81,7 +82,7 @@ class FeatureSelection(TopDownLayer):
 
     adapter_layer_names = ("topdown_prompt", "topdown_transform")
     other_param_names = ("topdown_config",)
-    parts = {"prompt": "prompt", "transform": "transform"}
+    parts: ClassVar = {"prompt": "prompt", "transform": "transform"}
 
     def __init__(self, value_projection: nn.Module) -> None:
         super().__init__(value_projection)
@@ -141,7 +142,7 @@ class FeedbackLayer(TopDownLayer):
         f"topdown_{linear}{suffix}" for linear in ("linear1", "linear2") for suffix in ("", "_A", "_B")
     )
     other_param_names = ("topdown_dropout", "topdown_scaling")
-    parts = {f"{linear}{suffix}": linear for linear in ("linear1", "linear2") for suffix in ("", "_A", "_B")}
+    parts: ClassVar = {f"{linear}{suffix}": linear for linear in ("linear1", "linear2") for suffix in ("", "_A", "_B")}
 
     def __init__(self, value_projection: nn.Module) -> None:
         super().__init__(value_projection)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -29,7 +29,7 @@ class TopDownModel(BaseTuner):
 
     prefix: str = "topdown_"
     tuner_layer_cls = TopDownLayer
-    target_module_mapping: dict = {}
+    target_module_mapping: ClassVar[dict] = {}
 
     # ------------------------------------------------------------------------------------------------- injection
 
