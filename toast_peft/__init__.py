@@ -5,10 +5,11 @@ adapters load with `PeftModel.from_pretrained`.
 """
 
 from .config import TopDownConfig
+from .convert import from_official_checkpoint
 from .model import TopDownModel
 from .registration import register
 
 __version__ = "0.1.0"
-__all__ = ["TopDownConfig", "TopDownModel"]
+__all__ = ["TopDownConfig", "TopDownModel", "from_official_checkpoint"]
 
 register(TopDownConfig, TopDownModel)

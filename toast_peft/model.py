@@ -135,7 +135,7 @@ class TopDownModel(BaseTuner):
         }
         found = {name.removeprefix("base_model.model."): tensor for name, tensor in remapped.items()}
         expected = {name.removeprefix("base_model.model."): shape for name, shape in expected.items()}
-        problems = _differences(expected, {n: tuple(t.shape) for n, t in found.items() if cls.prefix in n})
+        problems = describe_differences(expected, {n: tuple(t.shape) for n, t in found.items() if cls.prefix in n})
         if problems:
             base_model = model.get_base_model() if isinstance(model, PeftModel) else model
             [(_, path), *_] = _feedback_paths(base_model)
@@ -179,8 +179,8 @@ def _check_modules_to_save(model: nn.Module, config: TopDownConfig) -> None:
             )
 
 
-def _differences(expected: dict[str, tuple], found: dict[str, tuple]) -> list[str]:
-    """What differs between two sets of named shapes, in words."""
+def describe_differences(expected: dict[str, tuple], found: dict[str, tuple]) -> list[str]:
+    """What differs between two sets of named shapes, in words; empty if nothing does."""
     problems = []
     for what, names in (("missing", expected.keys() - found.keys()), ("unexpected", found.keys() - expected.keys())):
         if names:

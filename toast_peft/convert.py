@@ -1,0 +1,282 @@
+"""Checkpoints of the official code (https://github.com/bfshi/TOAST) as PEFT adapters.
+
+The official code saves whole models. Its feedback becomes an adapter; its backbone, which was frozen, must be that of the
+Hugging Face model; its classification head is copied where it fits.
+"""
+
+import os
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import PeftModel, TaskType, get_peft_model
+from safetensors.torch import load_file
+from torch import nn
+
+from .block_stack import BlockStack, find_block_stack
+from .config import TopDownConfig
+from .model import describe_differences
+
+# Official names of a ViT's modules -> those of transformers, in the backbone and in a block. The official code computes
+# queries, keys and values with one layer.
+_VIT_MODULES = {
+    "enc.cls_token": ("embeddings.cls_token",),
+    "enc.pos_embed": ("embeddings.position_embeddings",),
+    "enc.patch_embed.proj": ("embeddings.patch_embeddings.projection",),
+    "enc.norm": ("layernorm",),
+}
+_VIT_BLOCK_MODULES = {
+    "norm1": ("layernorm_before",),
+    "attn.qkv": ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+    "attn.proj": ("attention.o_proj",),
+    "norm2": ("layernorm_after",),
+    "mlp.fc1": ("mlp.fc1",),
+    "mlp.fc2": ("mlp.fc2",),
+}
+_HEAD = {"head.last_layer.weight": "weight", "head.last_layer.bias": "bias"}
+
+
+def from_official_checkpoint(
+    model: nn.Module,
+    checkpoint: Mapping[str, torch.Tensor] | str | os.PathLike,
+    *,
+    lora_merged: bool = False,
+    **config_overrides: Any,
+) -> PeftModel:
+    """Put the feedback of an official TOAST checkpoint onto a Hugging Face model.
+
+    Full and Lite checkpoints of the official ViT (names beginning with `enc.`) and LLaMA (`model.`) are understood. The
+    config is set to what the official code does, for example `double_value_bias=True` for ViT.
+
+    Args:
+        model: the base model, a ViT or a LLaMA of transformers with the checkpoint's backbone.
+        checkpoint: a state dict, or the path of a .safetensors, .pth, .pt or .bin file.
+        lora_merged: Lite only. Official Lite checkpoints that were saved after `eval()` hold feedback layers to which the
+            low-rank product has been added already; True takes it off again.
+        config_overrides: fields of [`TopDownConfig`] to set otherwise. `feedback_from` and `feedback_to` are not in
+            the checkpoint and must be given if they were changed in the official source.
+
+    Returns:
+        The model with the adapter.
+
+    Raises:
+        ValueError: if tensors are missing, unexpected or misshapen (one message lists them all), if the checkpoint is
+            not an official one or of another kind of model, or if Lite weights look merged and `lora_merged` is
+            False. The model is untouched then.
+
+    Example:
+
+    ```py
+    >>> base = ViTForImageClassification.from_pretrained("path/to/vit", num_labels=200)
+    >>> model = toast_peft.from_official_checkpoint(base, "cub_toast.pth")
+    >>> model.save_pretrained("cub_toast_adapter")
+    ```
+    """
+    tensors = _read(checkpoint)
+    is_vit = any(name.startswith("enc.") for name in tensors)
+    config = _official_config(model, tensors, is_vit, config_overrides)
+    stack = find_block_stack(model, config)
+    _check_model_type(stack, tensors, is_vit)
+    backbone = _backbone_tensors(model, stack, is_vit)
+    _check_names_and_shapes(tensors, stack, config, backbone, is_vit)
+    tensors = _unmerged(tensors, config, lora_merged)
+    _compare_backbones(tensors, backbone)
+    if is_vit:
+        _prepare_head(model, tensors, config, config_overrides)
+    peft_model = get_peft_model(model, config)
+    _copy_feedback(tensors, stack, is_vit)
+    _copy_head(peft_model, tensors, config)
+    return peft_model
+
+
+def _read(checkpoint: Mapping[str, torch.Tensor] | str | os.PathLike) -> dict[str, torch.Tensor]:
+    if isinstance(checkpoint, Mapping):
+        tensors = checkpoint
+    elif str(checkpoint).endswith(".safetensors"):
+        tensors = load_file(checkpoint)
+    else:
+        tensors = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    tensors = tensors.get("model", tensors)  # the official trainer saves {"model": state dict, "optimizer": ...}
+    return {
+        name.removeprefix("module."): tensor
+        for name, tensor in tensors.items()
+        if not name.endswith("rotary_emb.inv_freq")
+    }
+
+
+def _official_config(
+    model: nn.Module, tensors: dict[str, torch.Tensor], is_vit: bool, overrides: dict[str, Any]
+) -> TopDownConfig:
+    """What the official code does for this kind of model, see the table in [`TopDownConfig`]."""
+    ranks = {tensor.shape[0] for name, tensor in tensors.items() if name.endswith(".lora_A")}
+    if len(ranks) > 1:
+        raise ValueError(f"The checkpoint has low-rank factors of the ranks {sorted(ranks)}; expected a single one.")
+    r = next(iter(ranks), 0)
+    if r > 0:
+        parts = ["prompt", "transform", "linear1", "linear2"] if is_vit else ["prompt", "linear1", "linear2"]
+    else:
+        parts = ["prompt", "linear1", "linear2"] if is_vit else ["prompt", "linear2"]
+    is_causal_lm = type(model).__name__.endswith("ForCausalLM")
+    options = {
+        "task_type": TaskType.CAUSAL_LM if is_causal_lm else None,
+        "r": r,
+        "lora_alpha": 1,
+        "trainable_parts": parts,
+        "init_weights": False,
+        "normalize_features": is_vit,
+        "double_value_bias": is_vit,
+    }
+    return TopDownConfig(**options | overrides)
+
+
+def _check_model_type(stack: BlockStack, tensors: dict[str, torch.Tensor], is_vit: bool) -> None:
+    if not is_vit and not any(name.startswith("model.") for name in tensors):
+        raise ValueError(
+            "This is not a checkpoint of the official TOAST code: no name begins with 'enc.' (ViT) or 'model.' (LLaMA). "
+            f"Its names begin with {sorted({name.split('.')[0] for name in tensors})}."
+        )
+    expected = "vit" if is_vit else "llama"
+    if stack.model_type != expected:
+        raise ValueError(
+            f"This is an official checkpoint of a {expected!r} model, but the base model is a {stack.model_type!r}."
+        )
+
+
+def _feedback_shapes(stack: BlockStack, config: TopDownConfig, is_vit: bool) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the feedback in an official checkpoint; decoder i feeds block `feedback_to + i`."""
+    d, prefix = stack.hidden_size, "enc" if is_vit else "model"
+    feedback_from, feedback_to = config.feedback_range(len(stack.blocks))
+    shapes = {f"{prefix}.prompt": (d,), f"{prefix}.top_down_transform": (d, d)}
+    for index in range(feedback_from - feedback_to):
+        for linear in ("linear", "linear2"):
+            name = f"{prefix}.decoders.{index}.{linear}"
+            shapes[f"{name}.weight"] = (d, d)
+            if config.r > 0:
+                shapes |= {f"{name}.lora_A": (config.r, d), f"{name}.lora_B": (d, config.r)}
+    return shapes
+
+
+def _backbone_tensors(model: nn.Module, stack: BlockStack, is_vit: bool) -> dict[str, torch.Tensor]:
+    """The base model's own tensors under their official names."""
+    own = stack.backbone.state_dict()
+    if not is_vit:
+        named = {f"model.{name}": tensor for name, tensor in own.items()}
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        return named if head is None else named | {"lm_head.weight": head.weight.detach()}
+    modules = dict(_VIT_MODULES)
+    for index in range(len(stack.blocks)):
+        for name, parts in _VIT_BLOCK_MODULES.items():
+            modules[f"enc.blocks.{index}.{name}"] = tuple(f"layers.{index}.{part}" for part in parts)
+    named = {}
+    for official, parts in modules.items():
+        for suffix in ("", ".weight", ".bias"):
+            if parts[0] + suffix in own:
+                named[official + suffix] = torch.cat([own[part + suffix] for part in parts])
+    return named
+
+
+def _check_names_and_shapes(
+    tensors: dict[str, torch.Tensor],
+    stack: BlockStack,
+    config: TopDownConfig,
+    backbone: dict[str, torch.Tensor],
+    is_vit: bool,
+) -> None:
+    feedback = _feedback_shapes(stack, config, is_vit)
+    optional = {name: tuple(tensor.shape) for name, tensor in backbone.items()}
+    # Heads may be of any shape: they are copied or compared only where the model has one that fits.
+    heads = tuple(_HEAD) if is_vit else ("lm_head.weight",)
+    optional = {name: tuple(tensors[name].shape) for name in heads if name in tensors} | optional
+    # The official code may hold a decoder for every block and use the first ones only.
+    for name in [name for name in feedback if ".decoders.0." in name]:
+        optional |= {name.replace(".0.", f".{index}.", 1): feedback[name] for index in range(len(stack.blocks))}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    expected = {name: shape for name, shape in optional.items() if name in found} | feedback
+    problems = describe_differences(expected, found)
+    if problems:
+        raise ValueError("The official checkpoint does not fit the base model: " + "; ".join(problems) + ".")
+
+
+def _unmerged(tensors: dict[str, torch.Tensor], config: TopDownConfig, lora_merged: bool) -> dict[str, torch.Tensor]:
+    products = {
+        name.removesuffix("lora_A") + "weight": tensors[name.removesuffix("A") + "B"].double() @ tensor.double()
+        for name, tensor in tensors.items()
+        if name.endswith(".lora_A")
+    }
+    scaling = config.lora_alpha / max(config.r, 1)
+    if lora_merged:
+        return tensors | {name: tensors[name] - scaling * product for name, product in products.items()}
+    if _looks_merged(tensors, products, scaling):
+        raise ValueError(
+            "The feedback layers of this Lite checkpoint already contain their low-rank products (the official code "
+            "saves them so after `eval()`); adding them again would be wrong. Pass lora_merged=True to take them off."
+        )
+    return tensors
+
+
+def _looks_merged(tensors: dict[str, torch.Tensor], products: dict[str, torch.Tensor], scaling: float) -> bool:
+    """Whether the weights contain `scaling` times the products, well beyond what chance would give."""
+    inner = sum((tensors[name].double() * product).sum() for name, product in products.items())
+    squares = sum(product.square().sum() for product in products.values())
+    if not products or squares == 0:
+        return False
+    variance = sum(tensors[name].double().square().mean() * p.square().sum() for name, p in products.items())
+    return bool(inner / squares > scaling / 2 and inner / variance.sqrt() > 6)
+
+
+def _compare_backbones(tensors: dict[str, torch.Tensor], backbone: dict[str, torch.Tensor]) -> None:
+    different = [
+        name
+        for name, own in backbone.items()
+        if name in tensors and not torch.allclose(tensors[name].float(), own.float().cpu(), rtol=1e-2, atol=1e-4)
+    ]
+    if different:
+        warnings.warn(
+            f"The backbone in the official checkpoint differs from the base model in {len(different)} tensors, for "
+            f"example {different[0]}. The feedback was trained for the other backbone; load that one as base model.",
+            stacklevel=3,
+        )
+
+
+def _prepare_head(
+    model: nn.Module, tensors: dict[str, torch.Tensor], config: TopDownConfig, overrides: dict[str, Any]
+) -> None:
+    """Let the head be copied and saved with the adapter where it fits."""
+    head = getattr(model, "classifier", None)
+    if "head.last_layer.weight" not in tensors or "modules_to_save" in overrides:
+        return
+    shape = list(tensors["head.last_layer.weight"].shape)
+    if isinstance(head, nn.Linear) and list(head.weight.shape) == shape:
+        config.modules_to_save = ["classifier"]
+    else:
+        own = list(head.weight.shape) if isinstance(head, nn.Linear) else "none"
+        warnings.warn(f"The head of the checkpoint, {shape}, is left out: the model's is {own}.", stacklevel=3)
+
+
+@torch.no_grad()
+def _copy_feedback(tensors: dict[str, torch.Tensor], stack: BlockStack, is_vit: bool) -> None:
+    path = stack.backbone.feedback_path
+    prefix = "enc" if is_vit else "model"
+    path.selection.topdown_prompt["default"].copy_(tensors[f"{prefix}.prompt"])
+    path.selection.topdown_transform["default"].copy_(tensors[f"{prefix}.top_down_transform"])
+    blocks = sorted(path.blocks_of("default"))
+    _, feedback_to = path.selection.topdown_config["default"].feedback_range(len(stack.blocks))
+    for block in blocks:
+        layer = path.layers[str(block)]
+        for official, own in (("linear", "topdown_linear1"), ("linear2", "topdown_linear2")):
+            name = f"{prefix}.decoders.{block - feedback_to}.{official}"
+            getattr(layer, own)["default"].weight.copy_(tensors[f"{name}.weight"])
+            if f"{name}.lora_A" in tensors:
+                getattr(layer, f"{own}_A")["default"].weight.copy_(tensors[f"{name}.lora_A"])
+                getattr(layer, f"{own}_B")["default"].weight.copy_(tensors[f"{name}.lora_B"])
+
+
+@torch.no_grad()
+def _copy_head(model: PeftModel, tensors: dict[str, torch.Tensor], config: TopDownConfig) -> None:
+    if "head.last_layer.weight" not in tensors or "classifier" not in (config.modules_to_save or []):
+        return
+    head = model.get_base_model().classifier.modules_to_save["default"]
+    for official, own in _HEAD.items():
+        if official in tensors:
+            getattr(head, own).copy_(tensors[official])
