@@ -225,6 +225,8 @@ class FeedbackPath(nn.Module):
         super().__init__()
         self.selection = FeatureSelection(value_projection)
         self.layers = nn.ModuleDict()
+        # Adapters made from a saved config, until their weights are loaded: the parameters that were trainable before.
+        self.awaiting_weights: dict[str, set[str]] = {}
 
     def add_block(self, index: int, value_projection: nn.Module) -> FeedbackLayer:
         """The feedback layer of a block, made if it is not there."""
@@ -248,6 +250,12 @@ class FeedbackPath(nn.Module):
         )
         return sorted(has, reverse=True)
 
+    def _replicate_for_data_parallel(self) -> None:
+        raise NotImplementedError(
+            "TOAST does not run in nn.DataParallel, which copies modules in each forward. Start the training with "
+            "`accelerate launch` or `torchrun` (DistributedDataParallel), or make one GPU visible."
+        )
+
     def forward(self, features: torch.Tensor, adapter_name: str) -> dict[int, torch.Tensor]:
         """The feedback of every block.
 
@@ -257,7 +265,7 @@ class FeedbackPath(nn.Module):
         Returns:
             For each block index what is added to the input of its value projection. Shape: [b, n, d]
         """
-        z = self.selection(features, adapter_name)
+        z = self.selection(features.to(self.selection.topdown_prompt[adapter_name].device), adapter_name)
         feedback = {}
         for index in self.blocks_of(adapter_name):
             layer = self.layers[str(index)]

@@ -41,7 +41,8 @@ class TopDownModel(BaseTuner):
         except Exception:
             _undo_injection(model, adapter_name, trainable)
             raise
-        self._stack.backbone.feedback_path.trainable_before = trainable
+        if self._weights_follow:
+            self._stack.backbone.feedback_path.awaiting_weights[adapter_name] = trainable
 
     def _prepare_adapter_config(self, peft_config: TopDownConfig, model_config: dict) -> TopDownConfig:
         # Everything that can be wrong with the config is found here, before the model is touched.
@@ -52,6 +53,8 @@ class TopDownModel(BaseTuner):
                 f"`normalize_features=True`, but the final norm of {self._stack.model_type!r} is not known; "
                 "leave it at None or False."
             )
+        # Only a config that was saved with an adapter knows what it was made for; that adapter's weights come next.
+        self._weights_follow = peft_config.num_blocks is not None
         adapter_name = next(name for name, config in self.peft_config.items() if config is peft_config)
         # A copy, so that the same config object can be used for other models.
         peft_config = self.peft_config[adapter_name] = _with_base_model_facts(peft_config, self._stack)
@@ -128,18 +131,18 @@ class TopDownModel(BaseTuner):
         cls, model: nn.Module, config: TopDownConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        base_model = model.get_base_model() if isinstance(model, PeftModel) else model
         expected = {
-            name: parameter.shape
-            for name, parameter in model.named_parameters()
-            if cls.prefix in name and (name.endswith(f".{adapter_name}") or f".{adapter_name}." in name)
+            name: tuple(parameter.shape)
+            for name, parameter in base_model.named_parameters()
+            if cls.prefix in name and f".{adapter_name}." in f"{name}."
         }
-        found = {name.removeprefix("base_model.model."): tensor for name, tensor in remapped.items()}
-        expected = {name.removeprefix("base_model.model."): shape for name, shape in expected.items()}
-        problems = describe_differences(expected, {n: tuple(t.shape) for n, t in found.items() if cls.prefix in n})
+        found = {name.removeprefix("base_model.model."): tuple(tensor.shape) for name, tensor in remapped.items()}
+        problems = describe_differences(expected, {name: found[name] for name in found if cls.prefix in name})
+        trainable = [path.awaiting_weights.pop(adapter_name, None) for _, path in _feedback_paths(base_model)]
         if problems:
-            base_model = model.get_base_model() if isinstance(model, PeftModel) else model
-            [(_, path), *_] = _feedback_paths(base_model)
-            _undo_injection(base_model, adapter_name, path.trainable_before)
+            if any(names is not None for names in trainable):
+                _undo_injection(base_model, adapter_name, set().union(*filter(None, trainable)))
             raise ValueError(
                 f"The weights of the TOAST adapter {adapter_name!r} do not fit its config and this model: "
                 + "; ".join(problems)
