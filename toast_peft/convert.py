@@ -7,6 +7,7 @@ Hugging Face model; its classification head is copied where it fits.
 import os
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,45 @@ from torch import nn
 from .block_stack import BlockStack, find_block_stack
 from .config import TopDownConfig
 from .model import describe_differences
+
+
+@dataclass(frozen=True)
+class OfficialModel:
+    """One of the models of the official code.
+
+    Args:
+        model_type: the model type in transformers.
+        prefix: what the names of its feedback begin with.
+        trained: the parts that its fine-tuning trains.
+        trained_lite: the same for Lite.
+        like_vit: start the feedback after the final norm, and add the value bias twice.
+        heads: names of heads, which may be of any shape: they are copied or compared only where they fit.
+    """
+
+    model_type: str
+    prefix: str
+    trained: tuple[str, ...]
+    trained_lite: tuple[str, ...]
+    like_vit: bool
+    heads: tuple[str, ...]
+
+
+_VIT = OfficialModel(
+    model_type="vit",
+    prefix="enc",
+    trained=("prompt", "linear1", "linear2"),
+    trained_lite=("prompt", "transform", "linear1", "linear2"),
+    like_vit=True,
+    heads=("head.last_layer.weight", "head.last_layer.bias"),
+)
+_LLAMA = OfficialModel(
+    model_type="llama",
+    prefix="model",
+    trained=("prompt", "linear2"),
+    trained_lite=("prompt", "linear1", "linear2"),
+    like_vit=False,
+    heads=("lm_head.weight",),
+)
 
 # Official names of a ViT's modules -> those of transformers, in the backbone and in a block. The official code computes
 # queries, keys and values with one layer.
@@ -34,7 +74,6 @@ _VIT_BLOCK_MODULES = {
     "mlp.fc1": ("mlp.fc1",),
     "mlp.fc2": ("mlp.fc2",),
 }
-_HEAD = {"head.last_layer.weight": "weight", "head.last_layer.bias": "bias"}
 
 
 def from_official_checkpoint(
@@ -74,18 +113,22 @@ def from_official_checkpoint(
     ```
     """
     tensors = _read(checkpoint)
-    is_vit = any(name.startswith("enc.") for name in tensors)
-    config = _official_config(model, tensors, is_vit, config_overrides)
+    official = _recognize(tensors)
+    config = _official_config(model, tensors, official, config_overrides)
     stack = find_block_stack(model, config)
-    _check_model_type(stack, tensors, is_vit)
-    backbone = _backbone_tensors(model, stack, is_vit)
-    _check_names_and_shapes(tensors, stack, config, backbone, is_vit)
+    if stack.model_type != official.model_type:
+        raise ValueError(
+            f"This is an official checkpoint of a {official.model_type!r} model, but the base model is a "
+            f"{stack.model_type!r}."
+        )
+    backbone = _backbone_tensors(model, stack, official)
+    _check_names_and_shapes(tensors, stack, config, backbone, official)
     tensors = _unmerged(tensors, config, lora_merged)
     _compare_backbones(tensors, backbone)
-    if is_vit:
-        _prepare_head(model, tensors, config, config_overrides)
+    if "modules_to_save" not in config_overrides:
+        _prepare_head(model, tensors, config)
     peft_model = get_peft_model(model, config)
-    _copy_feedback(tensors, stack, is_vit)
+    _copy_feedback(tensors, stack, official.prefix)
     _copy_head(peft_model, tensors, config)
     return peft_model
 
@@ -105,47 +148,39 @@ def _read(checkpoint: Mapping[str, torch.Tensor] | str | os.PathLike) -> dict[st
     }
 
 
+def _recognize(tensors: dict[str, torch.Tensor]) -> OfficialModel:
+    for official in (_VIT, _LLAMA):
+        if any(name.startswith(f"{official.prefix}.") for name in tensors):
+            return official
+    raise ValueError(
+        "This is not a checkpoint of the official TOAST code: no name begins with 'enc.' (ViT) or 'model.' (LLaMA). "
+        f"Its names begin with {sorted({name.split('.')[0] for name in tensors})}."
+    )
+
+
 def _official_config(
-    model: nn.Module, tensors: dict[str, torch.Tensor], is_vit: bool, overrides: dict[str, Any]
+    model: nn.Module, tensors: dict[str, torch.Tensor], official: OfficialModel, overrides: dict[str, Any]
 ) -> TopDownConfig:
     """What the official code does for this kind of model, see the table in [`TopDownConfig`]."""
     ranks = {tensor.shape[0] for name, tensor in tensors.items() if name.endswith(".lora_A")}
     if len(ranks) > 1:
         raise ValueError(f"The checkpoint has low-rank factors of the ranks {sorted(ranks)}; expected a single one.")
-    r = next(iter(ranks), 0)
-    if r > 0:
-        parts = ["prompt", "transform", "linear1", "linear2"] if is_vit else ["prompt", "linear1", "linear2"]
-    else:
-        parts = ["prompt", "linear1", "linear2"] if is_vit else ["prompt", "linear2"]
     is_causal_lm = type(model).__name__.endswith("ForCausalLM")
     options = {
         "task_type": TaskType.CAUSAL_LM if is_causal_lm else None,
-        "r": r,
+        "r": next(iter(ranks), 0),
         "lora_alpha": 1,
-        "trainable_parts": parts,
+        "trainable_parts": list(official.trained_lite if ranks else official.trained),
         "init_weights": False,
-        "normalize_features": is_vit,
-        "double_value_bias": is_vit,
+        "normalize_features": official.like_vit,
+        "double_value_bias": official.like_vit,
     }
     return TopDownConfig(**options | overrides)
 
 
-def _check_model_type(stack: BlockStack, tensors: dict[str, torch.Tensor], is_vit: bool) -> None:
-    if not is_vit and not any(name.startswith("model.") for name in tensors):
-        raise ValueError(
-            "This is not a checkpoint of the official TOAST code: no name begins with 'enc.' (ViT) or 'model.' (LLaMA). "
-            f"Its names begin with {sorted({name.split('.')[0] for name in tensors})}."
-        )
-    expected = "vit" if is_vit else "llama"
-    if stack.model_type != expected:
-        raise ValueError(
-            f"This is an official checkpoint of a {expected!r} model, but the base model is a {stack.model_type!r}."
-        )
-
-
-def _feedback_shapes(stack: BlockStack, config: TopDownConfig, is_vit: bool) -> dict[str, tuple[int, ...]]:
+def _feedback_shapes(stack: BlockStack, config: TopDownConfig, prefix: str) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the feedback in an official checkpoint; decoder i feeds block `feedback_to + i`."""
-    d, prefix = stack.hidden_size, "enc" if is_vit else "model"
+    d = stack.hidden_size
     feedback_from, feedback_to = config.feedback_range(len(stack.blocks))
     shapes = {f"{prefix}.prompt": (d,), f"{prefix}.top_down_transform": (d, d)}
     for index in range(feedback_from - feedback_to):
@@ -157,10 +192,10 @@ def _feedback_shapes(stack: BlockStack, config: TopDownConfig, is_vit: bool) -> 
     return shapes
 
 
-def _backbone_tensors(model: nn.Module, stack: BlockStack, is_vit: bool) -> dict[str, torch.Tensor]:
+def _backbone_tensors(model: nn.Module, stack: BlockStack, official: OfficialModel) -> dict[str, torch.Tensor]:
     """The base model's own tensors under their official names."""
     own = stack.backbone.state_dict()
-    if not is_vit:
+    if official is _LLAMA:
         named = {f"model.{name}": tensor for name, tensor in own.items()}
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         return named if head is None else named | {"lm_head.weight": head.weight.detach()}
@@ -181,13 +216,11 @@ def _check_names_and_shapes(
     stack: BlockStack,
     config: TopDownConfig,
     backbone: dict[str, torch.Tensor],
-    is_vit: bool,
+    official: OfficialModel,
 ) -> None:
-    feedback = _feedback_shapes(stack, config, is_vit)
+    feedback = _feedback_shapes(stack, config, official.prefix)
     optional = {name: tuple(tensor.shape) for name, tensor in backbone.items()}
-    # Heads may be of any shape: they are copied or compared only where the model has one that fits.
-    heads = tuple(_HEAD) if is_vit else ("lm_head.weight",)
-    optional = {name: tuple(tensors[name].shape) for name in heads if name in tensors} | optional
+    optional = {name: tuple(tensors[name].shape) for name in official.heads if name in tensors} | optional
     # The official code may hold a decoder for every block and use the first ones only.
     for name in [name for name in feedback if ".decoders.0." in name]:
         optional |= {name.replace(".0.", f".{index}.", 1): feedback[name] for index in range(len(stack.blocks))}
@@ -239,14 +272,11 @@ def _compare_backbones(tensors: dict[str, torch.Tensor], backbone: dict[str, tor
         )
 
 
-def _prepare_head(
-    model: nn.Module, tensors: dict[str, torch.Tensor], config: TopDownConfig, overrides: dict[str, Any]
-) -> None:
-    """Let the head be copied and saved with the adapter where it fits."""
-    head = getattr(model, "classifier", None)
-    if "head.last_layer.weight" not in tensors or "modules_to_save" in overrides:
+def _prepare_head(model: nn.Module, tensors: dict[str, torch.Tensor], config: TopDownConfig) -> None:
+    """Let the classifier be copied and saved with the adapter where it fits."""
+    if "head.last_layer.weight" not in tensors:
         return
-    shape = list(tensors["head.last_layer.weight"].shape)
+    head, shape = getattr(model, "classifier", None), list(tensors["head.last_layer.weight"].shape)
     if isinstance(head, nn.Linear) and list(head.weight.shape) == shape:
         config.modules_to_save = ["classifier"]
     else:
@@ -255,14 +285,12 @@ def _prepare_head(
 
 
 @torch.no_grad()
-def _copy_feedback(tensors: dict[str, torch.Tensor], stack: BlockStack, is_vit: bool) -> None:
+def _copy_feedback(tensors: dict[str, torch.Tensor], stack: BlockStack, prefix: str) -> None:
     path = stack.backbone.feedback_path
-    prefix = "enc" if is_vit else "model"
     path.selection.topdown_prompt["default"].copy_(tensors[f"{prefix}.prompt"])
     path.selection.topdown_transform["default"].copy_(tensors[f"{prefix}.top_down_transform"])
-    blocks = sorted(path.blocks_of("default"))
     _, feedback_to = path.selection.topdown_config["default"].feedback_range(len(stack.blocks))
-    for block in blocks:
+    for block in path.blocks_of("default"):
         layer = path.layers[str(block)]
         for official, own in (("linear", "topdown_linear1"), ("linear2", "topdown_linear2")):
             name = f"{prefix}.decoders.{block - feedback_to}.{official}"
@@ -274,9 +302,9 @@ def _copy_feedback(tensors: dict[str, torch.Tensor], stack: BlockStack, is_vit: 
 
 @torch.no_grad()
 def _copy_head(model: PeftModel, tensors: dict[str, torch.Tensor], config: TopDownConfig) -> None:
-    if "head.last_layer.weight" not in tensors or "classifier" not in (config.modules_to_save or []):
+    if "classifier" not in (config.modules_to_save or []):
         return
     head = model.get_base_model().classifier.modules_to_save["default"]
-    for official, own in _HEAD.items():
-        if official in tensors:
-            getattr(head, own).copy_(tensors[official])
+    for name in ("weight", "bias"):
+        if f"head.last_layer.{name}" in tensors:
+            getattr(head, name).copy_(tensors[f"head.last_layer.{name}"])

@@ -266,6 +266,11 @@ class BackboneForward(ReplacedForward):
         return getattr(getattr(self.module, "config", None), name, None) if value is None else value
 
     def _cache(self, adapter_name: str, run: Run, kwargs: dict[str, Any]) -> TwoPassCache | None:
+        if kwargs.get("cache") is not None:  # both passes would write to the same pages
+            raise NotImplementedError(
+                "TOAST does not run in continuous batching (`generate_batch`), whose paged cache is made for one pass. "
+                "Use `generate`, or disable the adapter."
+            )
         if "past_key_values" not in self.argument_names:
             return None
         cache = kwargs.get("past_key_values")
