@@ -125,11 +125,13 @@ def from_official_checkpoint(
     _check_names_and_shapes(tensors, stack, config, backbone, official)
     tensors = _unmerged(tensors, config, lora_merged)
     _compare_backbones(tensors, backbone)
-    if "modules_to_save" not in config_overrides:
-        _prepare_head(model, tensors, config)
+    head_fits = _head_fits(model, tensors)
+    if head_fits and "modules_to_save" not in config_overrides:
+        config.modules_to_save = ["classifier"]
     peft_model = get_peft_model(model, config)
     _copy_feedback(tensors, stack, official.prefix)
-    _copy_head(peft_model, tensors, config)
+    if head_fits and "classifier" in (config.modules_to_save or []):
+        _copy_head(peft_model, tensors)
     return peft_model
 
 
@@ -204,10 +206,10 @@ def _backbone_tensors(model: nn.Module, stack: BlockStack, official: OfficialMod
         for name, parts in _VIT_BLOCK_MODULES.items():
             modules[f"enc.blocks.{index}.{name}"] = tuple(f"layers.{index}.{part}" for part in parts)
     named = {}
-    for official, parts in modules.items():
+    for name, parts in modules.items():
         for suffix in ("", ".weight", ".bias"):
             if parts[0] + suffix in own:
-                named[official + suffix] = torch.cat([own[part + suffix] for part in parts])
+                named[name + suffix] = torch.cat([own[part + suffix] for part in parts])
     return named
 
 
@@ -272,16 +274,14 @@ def _compare_backbones(tensors: dict[str, torch.Tensor], backbone: dict[str, tor
         )
 
 
-def _prepare_head(model: nn.Module, tensors: dict[str, torch.Tensor], config: TopDownConfig) -> None:
-    """Let the classifier be copied and saved with the adapter where it fits."""
+def _head_fits(model: nn.Module, tensors: dict[str, torch.Tensor]) -> bool:
     if "head.last_layer.weight" not in tensors:
-        return
+        return False
     head, shape = getattr(model, "classifier", None), list(tensors["head.last_layer.weight"].shape)
-    if isinstance(head, nn.Linear) and list(head.weight.shape) == shape:
-        config.modules_to_save = ["classifier"]
-    else:
-        own = list(head.weight.shape) if isinstance(head, nn.Linear) else "none"
+    own = list(head.weight.shape) if isinstance(head, nn.Linear) else None
+    if own != shape:
         warnings.warn(f"The head of the checkpoint, {shape}, is left out: the model's is {own}.", stacklevel=3)
+    return own == shape
 
 
 @torch.no_grad()
@@ -301,9 +301,7 @@ def _copy_feedback(tensors: dict[str, torch.Tensor], stack: BlockStack, prefix: 
 
 
 @torch.no_grad()
-def _copy_head(model: PeftModel, tensors: dict[str, torch.Tensor], config: TopDownConfig) -> None:
-    if "classifier" not in (config.modules_to_save or []):
-        return
+def _copy_head(model: PeftModel, tensors: dict[str, torch.Tensor]) -> None:
     head = model.get_base_model().classifier.modules_to_save["default"]
     for name in ("weight", "bias"):
         if f"head.last_layer.{name}" in tensors:
