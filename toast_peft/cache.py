@@ -7,6 +7,7 @@ runs over its layers and so serves both passes.
 """
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,21 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.utils import ModelOutput
 
 _ATTRIBUTE = "topdown_passes"
+
+
+@dataclass
+class Passes:
+    """Kept on a cache that two passes use. It does not refer back to the cache, which is freed with its last user.
+
+    Args:
+        key: adapter name, `feedback_from` and `feedback_to` that the cache is for.
+        num_blocks: number of blocks of the model; the cache's further layers are those of pass 1.
+        first_pass: what pass 1 sees of the cache.
+    """
+
+    key: tuple[str, int, int]
+    num_blocks: int
+    first_pass: Cache
 
 
 def refuse_two_pass_cache(cache: Cache | None) -> None:
@@ -36,75 +52,37 @@ def refuse_two_pass_cache(cache: Cache | None) -> None:
 
 
 class TwoPassCache:
-    """What pass 1 and pass 2 see of one cache.
+    """What pass 1 and pass 2 of one forward see of a cache.
 
     Args:
-        cache: the cache, whose layers after the first `num_blocks` are those of pass 1.
-        key: adapter name, `feedback_from` and `feedback_to`, for which the cache was filled.
+        cache: the caller's cache; a new one is made if `None`.
+        model_config: the transformers config of the backbone.
         num_blocks: number of blocks of the model.
+        key: adapter name, `feedback_from` and `feedback_to`.
 
     Attributes:
         first_pass: a `Cache` that pass 1 reads and writes.
         second_pass: a `Cache` that pass 2 reads and writes.
+
+    Raises:
+        ValueError: if the cache was filled without feedback or with that of another adapter.
     """
 
-    def __init__(self, cache: Cache, key: tuple[str, int, int], num_blocks: int) -> None:
-        self.cache = cache
-        self.key = key
-        self.num_blocks = num_blocks
-        _, _, self.feedback_to = key
-        self.first_pass = _view(cache, cache.layers[: self.feedback_to] + cache.layers[num_blocks:])
-        self.second_pass = cache
-
-    @classmethod
-    def prepare(
-        cls, cache: Cache | None, model_config: Any, num_blocks: int, key: tuple[str, int, int]
-    ) -> "TwoPassCache":
-        """The two passes' cache for the coming forward.
-
-        Args:
-            cache: the caller's cache; a new one is made if `None`.
-            model_config: the transformers config of the backbone.
-            num_blocks: number of blocks of the model.
-            key: adapter name, `feedback_from` and `feedback_to`.
-
-        Raises:
-            ValueError: if the cache was filled without feedback or with that of another adapter.
-        """
-        if cache is None:
-            cache = DynamicCache(config=model_config)
-        passes = getattr(cache, _ATTRIBUTE, None)
+    def __init__(self, cache: Cache | None, model_config: Any, num_blocks: int, key: tuple[str, int, int]) -> None:
+        self.cache = DynamicCache(config=model_config) if cache is None else cache
+        passes = getattr(self.cache, _ATTRIBUTE, None)
         if passes is None or passes.key != key:
-            passes = cls._first_use(cache, num_blocks, key)
-        passes.show_lower_blocks()
-        return passes
+            passes = _first_use(self.cache, num_blocks, key)
+        self.first_pass = passes.first_pass
+        self.second_pass = self._second_pass(num_blocks, feedback_to=key[2])
 
-    @classmethod
-    def _first_use(cls, cache: Cache, num_blocks: int, key: tuple[str, int, int]) -> "TwoPassCache":
-        if _length(cache) > 0:
-            passes = getattr(cache, _ATTRIBUTE, None)
-            filled = "without feedback" if passes is None else f"by the TOAST adapter {passes.key[0]!r}"
-            raise ValueError(
-                f"This cache was filled {filled}; its keys and values do not fit the adapter {key[0]!r} with feedback "
-                f"from block {key[1]} to {key[2]}. Start with a new cache."
-            )
-        refuse_two_pass_cache(cache)  # forgets what a cache that was reset was prepared for
-        while len(cache.layers) < num_blocks:
-            cache.layers.append(cache.layer_class_to_replicate())
-        _, feedback_from, feedback_to = key
-        cache.layers.extend(copy.deepcopy(layer) for layer in cache.layers[feedback_to:feedback_from])
-        passes = cls(cache, key, num_blocks)
-        setattr(cache, _ATTRIBUTE, passes)
-        return passes
-
-    def show_lower_blocks(self) -> None:
-        """Let pass 2 see the blocks below `feedback_to` as they are before pass 1 extends them.
-
-        Pass 2 takes its positions and masks from them, and must count from where pass 1 began.
-        """
-        if self.feedback_to > 0:
-            lower = [_snapshot(layer) for layer in self.cache.layers[: self.feedback_to]]
-            self.second_pass = _view(self.cache, lower + self.cache.layers[self.feedback_to : self.num_blocks])
+    def _second_pass(self, num_blocks: int, feedback_to: int) -> Cache:
+        if feedback_to == 0:
+            return self.cache
+        # Pass 2 takes its positions and masks from the first layers, and must count from where pass 1 began. So it sees
+        # the blocks below `feedback_to`, which it skips, as they are before pass 1 extends them.
+        lower = [_snapshot(layer) for layer in self.cache.layers[:feedback_to]]
+        return _view(self.cache, lower + self.cache.layers[feedback_to:num_blocks])
 
     def restore(self, output: Any) -> Any:
         """The output of pass 2 with the caller's cache in place of what pass 2 saw of it."""
@@ -114,6 +92,25 @@ class TwoPassCache:
             output.past_key_values = self.cache
             return output
         return tuple(self.cache if item is self.second_pass else item for item in output)
+
+
+def _first_use(cache: Cache, num_blocks: int, key: tuple[str, int, int]) -> Passes:
+    """Prepare an empty cache for two passes."""
+    if _length(cache) > 0:
+        passes = getattr(cache, _ATTRIBUTE, None)
+        filled = "without feedback" if passes is None else f"by the TOAST adapter {passes.key[0]!r}"
+        raise ValueError(
+            f"This cache was filled {filled}; its keys and values do not fit the adapter {key[0]!r} with feedback "
+            f"from block {key[1]} to {key[2]}. Start with a new cache."
+        )
+    refuse_two_pass_cache(cache)  # forgets what a cache that was reset was prepared for
+    while len(cache.layers) < num_blocks:
+        cache.layers.append(cache.layer_class_to_replicate())
+    _, feedback_from, feedback_to = key
+    cache.layers.extend(copy.deepcopy(layer) for layer in cache.layers[feedback_to:feedback_from])
+    first_pass = _view(cache, cache.layers[:feedback_to] + cache.layers[num_blocks:])
+    setattr(cache, _ATTRIBUTE, Passes(key, num_blocks, first_pass))
+    return getattr(cache, _ATTRIBUTE)
 
 
 def _length(cache: Cache) -> int:

@@ -279,7 +279,7 @@ class BackboneForward(ReplacedForward):
             if checkpointing or not self._option("use_cache", kwargs):
                 return None
         key = (adapter_name, run.feedback_from, run.feedback_to)
-        return TwoPassCache.prepare(cache, self.module.config, len(self.blocks), key)
+        return TwoPassCache(cache, self.module.config, len(self.blocks), key)
 
     def _first_pass(self, run: Run, kwargs: dict[str, Any]) -> None:
         self.state.run = run
