@@ -47,7 +47,7 @@ def find_block_stack(model: nn.Module, config: TopDownConfig) -> BlockStack:
 
     Args:
         model: the model to adapt.
-        config: its `target_modules`, `exclude_modules`, `layers_to_transform`, `feedback_from` and `feedback_to` count.
+        config: its `target_modules`, `exclude_modules`, `layers_to_transform`, `feedback_from`, `feedback_to` count.
 
     Returns:
         The stack, with the value projections of the blocks that receive feedback only.
@@ -157,8 +157,8 @@ def _check_value_projections(names: dict[str, int], config: TopDownConfig) -> No
     fused = [name for name in names if name.rpartition(".")[2] in _FUSED_PROJECTIONS]
     if fused:
         raise ValueError(
-            f"`target_modules={config.target_modules!r}` matches {_some(fused)}, which compute queries and keys as well "
-            "as values. Fused projections are not supported yet; TOAST steers the values only."
+            f"`target_modules={config.target_modules!r}` matches {_some(fused)}, which compute queries and keys as "
+            "well as values. Fused projections are not supported yet; TOAST steers the values only."
         )
     for index in sorted(set(names.values())):
         in_block = [name for name, block in names.items() if block == index]

@@ -79,8 +79,8 @@ class TwoPassCache:
     def _second_pass(self, num_blocks: int, feedback_to: int) -> Cache:
         if feedback_to == 0:
             return self.cache
-        # Pass 2 takes its positions and masks from the first layers, and must count from where pass 1 began. So it sees
-        # the blocks below `feedback_to`, which it skips, as they are before pass 1 extends them.
+        # Pass 2 takes its positions and masks from the first layers, and must count from where pass 1 began. So it
+        # sees the blocks below `feedback_to`, which it skips, as they are before pass 1 extends them.
         lower = [_snapshot(layer) for layer in self.cache.layers[:feedback_to]]
         return _view(self.cache, lower + self.cache.layers[feedback_to:num_blocks])
 

@@ -28,15 +28,15 @@ class TopDownConfig(PeftConfig):
     | LLaMA tuning, Lite | 4 | `["prompt", "linear1", "linear2"]` |
 
     Args:
-        r: rank of the feedback layers. 0 trains full `d x d` matrices; above 0 (TOAST-Lite) each is a fixed matrix plus
-            a trained product of rank `r`.
+        r: rank of the feedback layers. 0 trains full `d x d` matrices; above 0 (TOAST-Lite) each is a fixed matrix
+            plus a trained product of rank `r`.
         lora_alpha: the low-rank product is scaled by `lora_alpha / r`. The official code uses `lora_alpha=1`, `r=4`.
         lora_dropout: dropout on the input of the low-rank product.
         feedback_from: the feedback starts from the output of block `feedback_from - 1`; later blocks run only in the
             second pass. A block index, or a fraction of the depth as a float. Default: the last block.
-        feedback_to: the feedback reaches down to block `feedback_to`; earlier blocks run only in the first pass. A block
-            index, or a fraction of the depth as a float. A forward costs `(feedback_from + L - feedback_to) / L` times
-            that of the base model with its `L` blocks.
+        feedback_to: the feedback reaches down to block `feedback_to`; earlier blocks run only in the first pass. A
+            block index, or a fraction of the depth as a float. A forward costs
+            `(feedback_from + L - feedback_to) / L` times that of the base model with its `L` blocks.
         trainable_parts: which of "prompt", "transform", "linear1" and "linear2" are trained. Default: all.
         init_weights: True starts as an exact no-op (`linear1` identity, `linear2` zero). False is the random
             initialisation of the official code, from which the adapted output differs from the base model's.
@@ -52,8 +52,8 @@ class TopDownConfig(PeftConfig):
         double_value_bias: add the bias of the value projection once more in the second pass, as the official ViT code
             does. Needed for converted official checkpoints; it makes the output differ from the base model's even when
             the feedback is zero.
-        backbone_type, num_blocks, hidden_size: the model the adapter was made for. Filled in when it is made and compared
-            when it is loaded; leave them alone.
+        backbone_type, num_blocks, hidden_size: the model the adapter was made for. Filled in when it is made and
+            compared when it is loaded; leave them alone.
 
     Raises:
         ValueError: for a value that makes no sense, naming it.
@@ -65,8 +65,8 @@ class TopDownConfig(PeftConfig):
     feedback_from: int | float | None = field(
         default=None,
         metadata={
-            "help": "The feedback starts from the output of block feedback_from - 1: a block index, or a fraction of the "
-            "depth as a float. Default: the last block. Smaller ('early' feedback) is cheaper."
+            "help": "The feedback starts from the output of block feedback_from - 1: a block index, or a fraction of "
+            "the depth as a float. Default: the last block. Smaller ('early' feedback) is cheaper."
         },
     )
     feedback_to: int | float = field(
@@ -91,8 +91,8 @@ class TopDownConfig(PeftConfig):
     target_modules: list[str] | str | None = field(
         default=None,
         metadata={
-            "help": "Names or a regular expression of the value projections, one in each block. Found by the model type "
-            "when not given."
+            "help": "Names or a regular expression of the value projections, one in each block. Found by the model "
+            "type when not given."
         },
     )
     exclude_modules: list[str] | str | None = field(
@@ -108,8 +108,8 @@ class TopDownConfig(PeftConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None,
         metadata={
-            "help": "Indices of tokens whose embeddings are trained too; a dict names the embedding layer, for example "
-            "{'embed_tokens': [0, 1]}."
+            "help": "Indices of tokens whose embeddings are trained too; a dict names the embedding layer, for "
+            "example {'embed_tokens': [0, 1]}."
         },
     )
     normalize_features: bool | None = field(

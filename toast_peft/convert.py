@@ -1,7 +1,7 @@
 """Checkpoints of the official code (https://github.com/bfshi/TOAST) as PEFT adapters.
 
-The official code saves whole models. Its feedback becomes an adapter; its backbone, which was frozen, must be that of the
-Hugging Face model; its classification head is copied where it fits.
+The official code saves whole models. Its feedback becomes an adapter; its backbone, which was frozen, must be that of
+the Hugging Face model; its classification head is copied where it fits.
 """
 
 import os
@@ -58,8 +58,8 @@ _LLAMA = OfficialModel(
     heads=("lm_head.weight",),
 )
 
-# Official names of a ViT's modules -> those of transformers, in the backbone and in a block. The official code computes
-# queries, keys and values with one layer.
+# Official names of a ViT's modules -> those of transformers, in the backbone and in a block. The official code
+# computes queries, keys and values with one layer.
 _VIT_MODULES = {
     "enc.cls_token": ("embeddings.cls_token",),
     "enc.pos_embed": ("embeddings.position_embeddings",),
@@ -85,14 +85,14 @@ def from_official_checkpoint(
 ) -> PeftModel:
     """Put the feedback of an official TOAST checkpoint onto a Hugging Face model.
 
-    Full and Lite checkpoints of the official ViT (names beginning with `enc.`) and LLaMA (`model.`) are understood. The
-    config is set to what the official code does, for example `double_value_bias=True` for ViT.
+    Full and Lite checkpoints of the official ViT (names beginning with `enc.`) and LLaMA (`model.`) are understood.
+    The config is set to what the official code does, for example `double_value_bias=True` for ViT.
 
     Args:
         model: the base model, a ViT or a LLaMA of transformers with the checkpoint's backbone.
         checkpoint: a state dict, or the path of a .safetensors, .pth, .pt or .bin file.
-        lora_merged: Lite only. Official Lite checkpoints that were saved after `eval()` hold feedback layers to which the
-            low-rank product has been added already; True takes it off again.
+        lora_merged: Lite only. Official Lite checkpoints that were saved after `eval()` hold feedback layers to which
+            the low-rank product has been added already; True takes it off again.
         config_overrides: fields of [`TopDownConfig`] to set otherwise. `feedback_from` and `feedback_to` are not in
             the checkpoint and must be given if they were changed in the official source.
 

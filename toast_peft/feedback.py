@@ -214,8 +214,8 @@ class FeedbackLayer(TopDownLayer):
 class FeedbackPath(nn.Module):
     """Feature selection and the chain of feedback layers of one stack of blocks.
 
-    It is a child of the backbone and outside of its blocks, so that the whole chain can run between the two passes also
-    where each block is a unit of sharding or offloading.
+    It is a child of the backbone and outside of its blocks, so that the whole chain can run between the two passes
+    also where each block is a unit of sharding or offloading.
 
     Args:
         value_projection: a layer whose device and dtype the feature selection takes.

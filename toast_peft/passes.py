@@ -7,8 +7,8 @@ The backbone's own forward is called for both passes, so masks, position embeddi
 around its blocks stay its own. In pass 1 the blocks from `feedback_from` on hand their input through; in pass 2 the
 blocks below `feedback_to` return what pass 1 computed, which is the same.
 
-Three kinds of modules get another `forward`: the backbone, its blocks, and the value projections. Python state says
-which pass is running; it is kept per thread and restored when a forward ends, however it ends.
+The backbone and its blocks get another `forward`, the value projections hooks. Python state says which pass is
+running; it is kept per thread and restored when a forward ends, however it ends.
 """
 
 import functools
@@ -122,24 +122,46 @@ class ReplacedForward:
                     attributes[name] = type(self.module).forward.__get__(self.module)
 
 
-class ValueForward(ReplacedForward):
-    """Forward of a value projection: `v = W (h + td) + b`."""
+class ValueHooks:
+    """Hooks on a value projection: `v = W (h + td) + b`.
 
-    def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    Whoever looks at the projection's input with a hook of their own sees `h + td`.
+    """
+
+    def __init__(self, value_projection: nn.Module, state: ThreadState) -> None:
+        self.state = state
+        self.handles = (
+            value_projection.register_forward_pre_hook(self.add_feedback),
+            value_projection.register_forward_hook(self.add_bias_again),
+        )
+
+    def add_feedback(self, module: nn.Module, args: tuple) -> tuple | None:
+        """The projection's arguments with the feedback added to the first one."""
         feedback = self.state.feedback
         if feedback is None:
-            return self.original(hidden_states, *args, **kwargs)
+            return None
+        hidden_states, *others = args
         td = feedback.td.to(device=hidden_states.device, dtype=hidden_states.dtype)
-        value = self.original(hidden_states + td, *args, **kwargs)
-        # Official ViT: v = W h + b + W td + b.
-        return value + self.module.bias if feedback.double_bias and self.module.bias is not None else value
+        return (hidden_states + td, *others)
+
+    def add_bias_again(self, module: nn.Module, args: tuple, value: torch.Tensor) -> torch.Tensor | None:
+        """Official ViT: `v = W h + b + W td + b`."""
+        feedback = self.state.feedback
+        if feedback is None or not feedback.double_bias or module.bias is None:
+            return None
+        return value + module.bias
+
+    def remove(self) -> None:
+        """Remove the hooks."""
+        for handle in self.handles:
+            handle.remove()
 
 
 class CheckpointWithFeedback:
     """A gradient checkpointing function that hands the feedback to the checkpointed call as a tensor argument.
 
-    The block runs again in the backward pass, when the forward is over and perhaps another one has begun. As an argument
-    the feedback is there again, and it gets its gradient also from reentrant checkpointing.
+    The block runs again in the backward pass, when the forward is over and perhaps another one has begun. As an
+    argument the feedback is there again, and it gets its gradient also from reentrant checkpointing.
     """
 
     def __init__(self, checkpoint: Callable, state: ThreadState) -> None:
@@ -226,7 +248,7 @@ class BackboneForward(ReplacedForward):
         self.path = path
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        kwargs = dict(zip(self.argument_names, args)) | kwargs
+        kwargs = dict(zip(self.argument_names, args, strict=False)) | kwargs
         adapter_name = self.path.active_adapter
         outer = self.state.run, self.state.feedback
         # Also without an adapter: this forward may be called from inside of a pass 2 of the same backbone.
@@ -268,8 +290,8 @@ class BackboneForward(ReplacedForward):
     def _cache(self, adapter_name: str, run: Run, kwargs: dict[str, Any]) -> TwoPassCache | None:
         if kwargs.get("cache") is not None:  # both passes would write to the same pages
             raise NotImplementedError(
-                "TOAST does not run in continuous batching (`generate_batch`), whose paged cache is made for one pass. "
-                "Use `generate`, or disable the adapter."
+                "TOAST does not run in continuous batching (`generate_batch`), whose paged cache is made for one "
+                "pass. Use `generate`, or disable the adapter."
             )
         if "past_key_values" not in self.argument_names:
             return None
@@ -307,7 +329,7 @@ def _parameters_outside(module: nn.Module, excluded: set[nn.Module | None]) -> A
 
 
 class TwoPasses:
-    """The replaced forwards of one backbone.
+    """The replaced forwards and the hooks of one backbone.
 
     Args:
         stack: the backbone and its blocks.
@@ -318,14 +340,14 @@ class TwoPasses:
         self.state = ThreadState()
         self.backbone_forward = BackboneForward(stack, path, self.state)
         self.block_forwards = [BlockForward(block, self.state, index) for index, block in enumerate(stack.blocks)]
-        self.value_forwards: dict[int, ValueForward] = {}
+        self.value_hooks: dict[int, ValueHooks] = {}
 
     def add_value_projection(self, index: int, value_projection: nn.Module) -> None:
         """Let the value projection of a block receive feedback."""
-        if index not in self.value_forwards:
-            self.value_forwards[index] = ValueForward(value_projection, self.state)
+        if index not in self.value_hooks:
+            self.value_hooks[index] = ValueHooks(value_projection, self.state)
 
     def remove(self) -> None:
         """Leave the modules as they were."""
-        for forward in (self.backbone_forward, *self.block_forwards, *self.value_forwards.values()):
-            forward.remove()
+        for part in (self.backbone_forward, *self.block_forwards, *self.value_hooks.values()):
+            part.remove()

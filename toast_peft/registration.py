@@ -7,8 +7,8 @@ from peft.utils import PeftType, register_peft_method
 
 
 def _add_peft_type(name: str) -> None:
-    # PEFT uses `.value` and `PeftType(name)` on the type, so a plain string or attribute would not do. An Enum cannot be
-    # subclassed once it has members; this builds the member as EnumMeta does.
+    # PEFT uses `.value` and `PeftType(name)` on the type, so a plain string or attribute would not do. An Enum cannot
+    # be subclassed once it has members; this builds the member as EnumMeta does.
     member = str.__new__(PeftType, name)
     member._name_ = name
     member._value_ = name
