@@ -11,7 +11,9 @@ from .config import TopDownConfig
 
 # The last part of the name of projections that compute queries, keys and values at once. Adding the feedback to their
 # input would change the queries and keys as well.
-_FUSED_PROJECTIONS = ("Wqkv", "c_attn", "in_proj", "qkv", "qkv_proj", "query_key_value")
+_FUSED_PROJECTIONS = {"Wqkv", "c_attn", "in_proj", "qkv", "qkv_proj", "query_key_value"}
+# Attention to the states of an encoder. Its values are not of the tokens that the feedback is of.
+_CROSS_ATTENTION = {"EncDecAttention", "cross_attn", "crossattention", "encoder_attn"}
 
 
 @dataclass
@@ -159,6 +161,12 @@ def _check_value_projections(names: dict[str, int], config: TopDownConfig) -> No
         raise ValueError(
             f"`target_modules={config.target_modules!r}` matches {_some(fused)}, which compute queries and keys as "
             "well as values. Fused projections are not supported yet; TOAST steers the values only."
+        )
+    crossing = [name for name in names if _CROSS_ATTENTION & set(name.split("."))]
+    if crossing:
+        raise ValueError(
+            f"`target_modules={config.target_modules!r}` matches {_some(crossing)}, which attend to an encoder's states; "
+            "expected the value projections of self-attention."
         )
     for index in sorted(set(names.values())):
         in_block = [name for name, block in names.items() if block == index]

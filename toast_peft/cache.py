@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 from transformers.utils import ModelOutput
 
 _ATTRIBUTE = "topdown_passes"
@@ -66,9 +66,14 @@ class TwoPassCache:
 
     Raises:
         ValueError: if the cache was filled without feedback or with that of another adapter.
+        NotImplementedError: for the cache of an encoder-decoder model.
     """
 
     def __init__(self, cache: Cache | None, model_config: Any, num_blocks: int, key: tuple[str, int, int]) -> None:
+        if isinstance(cache, EncoderDecoderCache):
+            raise NotImplementedError(
+                "TOAST does not support the cache of encoder-decoder models yet; pass use_cache=False."
+            )
         self.cache = DynamicCache(config=model_config) if cache is None else cache
         passes = getattr(self.cache, _ATTRIBUTE, None)
         if passes is None or passes.key != key:
