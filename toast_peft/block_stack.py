@@ -165,8 +165,8 @@ def _check_value_projections(names: dict[str, int], config: TopDownConfig) -> No
     crossing = [name for name in names if _CROSS_ATTENTION & set(name.split("."))]
     if crossing:
         raise ValueError(
-            f"`target_modules={config.target_modules!r}` matches {_some(crossing)}, which attend to an encoder's states; "
-            "expected the value projections of self-attention."
+            f"`target_modules={config.target_modules!r}` matches {_some(crossing)}, which attend to the states of an "
+            "encoder; expected the value projections of self-attention."
         )
     for index in sorted(set(names.values())):
         in_block = [name for name, block in names.items() if block == index]
