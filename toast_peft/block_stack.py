@@ -1,7 +1,7 @@
 """Finds the stack of blocks in a model, and in each block the value projection that receives feedback."""
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
@@ -23,20 +23,24 @@ class BlockStack:
     Args:
         backbone: the module that owns the blocks; its forward is run twice.
         blocks: all blocks, from the input to the output.
-        final_norm: the norm that follows the last block, `None` if unknown.
+        blocks_name: the full name in the model of the list of blocks.
+        final_norm: path from the backbone to the norm that follows the last block, `None` if unknown.
         normalize_features: whether, by the model type, the feedback starts after `final_norm`.
         model_type: what the backbone is, for messages and for comparing when an adapter is loaded.
         value_projections: for each block that receives feedback its value projection.
         names: the full names in the model of these value projections.
+        excluded: names of value projections that `exclude_modules` leaves out.
     """
 
     backbone: nn.Module
     blocks: nn.ModuleList
-    final_norm: nn.Module | None
+    blocks_name: str
+    final_norm: str | None
     normalize_features: bool
     model_type: str
     value_projections: dict[int, nn.Module]
     names: dict[str, int]
+    excluded: set[str] = field(default_factory=set)
 
     @property
     def hidden_size(self) -> int:
@@ -188,7 +192,8 @@ def _make_stack(
     return BlockStack(
         backbone=backbone,
         blocks=model.get_submodule(blocks_name),
-        final_norm=_get(backbone, architecture.final_norm) if architecture else None,
+        blocks_name=blocks_name,
+        final_norm=architecture.final_norm if architecture else None,
         normalize_features=architecture is not None and architecture.normalize_features,
         model_type=_model_type(backbone),
         value_projections={index: model.get_submodule(name) for name, index in names.items()},
@@ -207,10 +212,11 @@ def _select_blocks(stack: BlockStack, config: TopDownConfig) -> BlockStack:
             f"`layers_to_transform` names the blocks {outside}, but the feedback runs from block {first - 1} down to "
             f"block {last} of {len(stack.blocks)}."
         )
+    excluded = {name for name in stack.names if _is_excluded(config, name)}
     names = {
         name: index
         for name, index in stack.names.items()
-        if last <= index < first and (chosen is None or index in chosen) and not _excluded(config, name)
+        if last <= index < first and (chosen is None or index in chosen) and name not in excluded
     }
     if not names:
         raise ValueError(
@@ -222,7 +228,7 @@ def _select_blocks(stack: BlockStack, config: TopDownConfig) -> BlockStack:
     for name, index in names.items():
         if _in_features(projections[index]) is None:
             raise ValueError(f"{name} is a {type(projections[index]).__name__}; expected a linear layer.")
-    return replace(stack, names=names, value_projections=projections)
+    return replace(stack, names=names, value_projections=projections, excluded=excluded)
 
 
 def _in_features(projection: nn.Module) -> int | None:
@@ -230,7 +236,7 @@ def _in_features(projection: nn.Module) -> int | None:
     return getattr(projection, "in_features", None)
 
 
-def _excluded(config: TopDownConfig, name: str) -> bool:
+def _is_excluded(config: TopDownConfig, name: str) -> bool:
     if not config.exclude_modules:
         return False
     only_excluded = replace(

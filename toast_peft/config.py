@@ -133,6 +133,8 @@ class TopDownConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.TOPDOWN
+        # Only a config that was saved with an adapter is made with these facts about the base model.
+        self.is_of_saved_adapter = self.num_blocks is not None
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
@@ -156,7 +158,7 @@ class TopDownConfig(PeftConfig):
             value = getattr(self, name)
             if value is None and name == "feedback_from":
                 continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
                 raise ValueError(f"`{name}` is {value!r}; expected a block index or a fraction of the depth.")
             if isinstance(value, float) and value > 1:
                 raise ValueError(

@@ -63,6 +63,16 @@ class TopDownLayer(nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Make an adapter the active one.
+
+        Raises:
+            ValueError: if several are named; feedback of several adapters at a time is not defined.
+        """
+        if not isinstance(adapter_names, str) and len(adapter_names) > 1:
+            raise ValueError(f"TOAST runs one adapter at a time, but {list(adapter_names)} were to be activated.")
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Always raises: feedback depends on the input."""
         raise NotImplementedError(NO_MERGE)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from peft import PeftConfig, PeftModel
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
@@ -41,26 +41,25 @@ class TopDownModel(BaseTuner):
         except Exception:
             _undo_injection(model, adapter_name, trainable)
             raise
-        if self._weights_follow:
+        if self.peft_config[adapter_name].is_of_saved_adapter:
             self._stack.backbone.feedback_path.awaiting_weights[adapter_name] = trainable
 
     def _prepare_adapter_config(self, peft_config: TopDownConfig, model_config: dict) -> TopDownConfig:
         # Everything that can be wrong with the config is found here, before the model is touched.
         self._stack = find_block_stack(self.model, peft_config)
-        _check_modules_to_save(self.model, peft_config)
+        _check_modules_to_save(self.model, peft_config, self._stack)
         if peft_config.normalize_features and self._stack.final_norm is None:
             raise ValueError(
                 f"`normalize_features=True`, but the final norm of {self._stack.model_type!r} is not known; "
                 "leave it at None or False."
             )
-        # Only a config that was saved with an adapter knows what it was made for; that adapter's weights come next.
-        self._weights_follow = peft_config.num_blocks is not None
         adapter_name = next(name for name, config in self.peft_config.items() if config is peft_config)
-        # A copy, so that the same config object can be used for other models.
         peft_config = self.peft_config[adapter_name] = _with_base_model_facts(peft_config, self._stack)
         return peft_config
 
-    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:
+    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> Any:
+        if key in self._stack.excluded:
+            return check_target_module_exists(peft_config, key)  # PEFT's own mark of an excluded module
         return key in self._stack.names
 
     def _create_and_replace(
@@ -87,16 +86,6 @@ class TopDownModel(BaseTuner):
         path.passes.add_value_projection(index, target)
 
     # --------------------------------------------------------------------------------------- switching and removing
-
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Make an adapter the active one.
-
-        Raises:
-            ValueError: if several are named; feedback of several adapters at a time is not defined.
-        """
-        if not isinstance(adapter_name, str) and len(adapter_name) > 1:
-            raise ValueError(f"TOAST runs one adapter at a time, but {list(adapter_name)} were to be activated.")
-        super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter. If it was active, the first of the others becomes active."""
@@ -151,7 +140,7 @@ class TopDownModel(BaseTuner):
 
 
 def _with_base_model_facts(config: TopDownConfig, stack: BlockStack) -> TopDownConfig:
-    """The config with what it was made for, or an error if that is another model than this one."""
+    """Put into the config what it is for; of a saved adapter, raise if that is another model than this one."""
     facts = {
         "backbone_type": stack.model_type,
         "num_blocks": len(stack.blocks),
@@ -159,7 +148,7 @@ def _with_base_model_facts(config: TopDownConfig, stack: BlockStack) -> TopDownC
     }
     made_for = {name: getattr(config, name) for name in facts}
     different = [name for name, value in made_for.items() if value is not None and value != facts[name]]
-    if different:
+    if different and config.is_of_saved_adapter:
         raise ValueError(
             "This TOAST adapter does not fit the base model: "
             + "; ".join(
@@ -167,18 +156,27 @@ def _with_base_model_facts(config: TopDownConfig, stack: BlockStack) -> TopDownC
             )
             + "."
         )
-    config = copy(config)
+    if different:  # the same config object, used for another model before
+        config = copy(config)
     for name, value in facts.items():
         setattr(config, name, value)
     return config
 
 
-def _check_modules_to_save(model: nn.Module, config: TopDownConfig) -> None:
-    for name in config.modules_to_save or []:
-        if name not in _HEADS_ADDED_BY_PEFT and not any(key.endswith(name) for key, _ in model.named_modules()):
+def _check_modules_to_save(model: nn.Module, config: TopDownConfig, stack: BlockStack) -> None:
+    names = [name for name, _ in model.named_modules()]
+    own = [*stack.names, *(f"{stack.blocks_name}.{index}" for index in range(len(stack.blocks)))]
+    for wanted in config.modules_to_save or []:
+        matched = [name for name in names if name.endswith(wanted)]  # as PEFT does
+        if not matched and wanted not in _HEADS_ADDED_BY_PEFT:
             raise ValueError(
-                f"`modules_to_save` names {name!r}, but {type(model).__name__} has no such module; its own are "
-                f"{[key for key, _ in model.named_children()]}."
+                f"`modules_to_save` names {wanted!r}, but {type(model).__name__} has no such module; its own are "
+                f"{[name for name, _ in model.named_children()]}."
+            )
+        if any(f"{name}.".startswith(f"{match}.") for match in matched for name in own):
+            raise ValueError(
+                f"`modules_to_save` names {wanted!r}, which is or holds a block or a value projection that gets "
+                "feedback; PEFT would copy it and the copy get none. Name modules inside of a block, or fine-tune all."
             )
 
 

@@ -243,9 +243,14 @@ class BackboneForward(ReplacedForward):
         self.not_recorded = {name: False for name in recordings if takes_any or name in parameters}
         super().__init__(stack.backbone, state)
         self.blocks = stack.blocks
-        self.final_norm = stack.final_norm
+        self.final_norm_name = stack.final_norm
         self.normalize_features = stack.normalize_features
         self.path = path
+
+    @property
+    def final_norm(self) -> nn.Module | None:
+        """The backbone's final norm as it is now: PEFT wraps it when it is trained as well."""
+        return None if self.final_norm_name is None else self.module.get_submodule(self.final_norm_name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         kwargs = dict(zip(self.argument_names, args, strict=False)) | kwargs
