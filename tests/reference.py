@@ -43,13 +43,13 @@ def reference_feedback(base: nn.Module, adapted: PeftModel, inputs: dict[str, An
     name = adapted.active_adapter
     weights = dict(adapted.named_parameters())
     prefix = next(key for key in weights if f"topdown_prompt.{name}" in key).removesuffix(
-        f"selection.topdown_prompt.{name}"
+        f"selection.topdown_prompt.{name}.weight"
     )
     first = NUM_BLOCKS if config.feedback_from is None else config.feedback_from
     x = features_of(base, inputs, first)
-    prompt = weights[f"{prefix}selection.topdown_prompt.{name}"]
+    prompt = weights[f"{prefix}selection.topdown_prompt.{name}.weight"]
     mask = F.cosine_similarity(x, prompt.expand_as(x), dim=-1).clamp(0, 1)
-    z = (mask.unsqueeze(-1) * x) @ weights[f"{prefix}selection.topdown_transform.{name}"]
+    z = (mask.unsqueeze(-1) * x) @ weights[f"{prefix}selection.topdown_transform.{name}.weight"]
     feedback = {}
     for index in range(first - 1, config.feedback_to - 1, -1):
         part = f"{prefix}layers.{index}.topdown_"

@@ -105,7 +105,7 @@ def test_official_behaviour_is_set_in_the_config(vit: Golden, llama: Golden) -> 
 def test_config_overrides(llama: Golden) -> None:
     model = from_official_checkpoint(llama.base_model(), llama.checkpoint(lite=False), trainable_parts=["transform"])
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == {
-        "base_model.model.model.feedback_path.selection.topdown_transform.default"
+        "base_model.model.model.feedback_path.selection.topdown_transform.default.weight"
     }
 
 

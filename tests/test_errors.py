@@ -226,11 +226,14 @@ TAMPERINGS = {
         r"unexpected: .*layers\.7\.topdown_linear1",
     ),
     "shape": (
-        lambda w: w.update({f"{PREFIX}.selection.topdown_prompt": torch.zeros(16)}),
+        lambda w: w.update({f"{PREFIX}.selection.topdown_prompt.weight": torch.zeros(16)}),
         r"topdown_prompt.* has shape \[16\], expected \[32\]",
     ),
     "several": (
-        lambda w: (w.pop(f"{PREFIX}.selection.topdown_prompt"), w.pop(f"{PREFIX}.selection.topdown_transform")),
+        lambda w: (
+            w.pop(f"{PREFIX}.selection.topdown_prompt.weight"),
+            w.pop(f"{PREFIX}.selection.topdown_transform.weight"),
+        ),
         r"missing: .*topdown_prompt.*topdown_transform",
     ),
     "all": (lambda w: w.clear(), r"missing: .*layers\.0"),

@@ -47,7 +47,7 @@ def saved(model: nn.Module, folder: Path) -> Path:
 
 def expected_keys(backbone: str, parts: list[str]) -> set[str]:
     prefix = f"base_model.model.{backbone}.feedback_path"
-    selection = {f"{prefix}.selection.topdown_{name}" for name in ("prompt", "transform")}
+    selection = {f"{prefix}.selection.topdown_{name}.weight" for name in ("prompt", "transform")}
     return selection | {f"{prefix}.layers.{i}.topdown_{part}.weight" for i in range(NUM_BLOCKS) for part in parts}
 
 

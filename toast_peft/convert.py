@@ -287,8 +287,8 @@ def _head_fits(model: nn.Module, tensors: dict[str, torch.Tensor]) -> bool:
 @torch.no_grad()
 def _copy_feedback(tensors: dict[str, torch.Tensor], stack: BlockStack, prefix: str) -> None:
     path = stack.backbone.feedback_path
-    path.selection.topdown_prompt["default"].copy_(tensors[f"{prefix}.prompt"])
-    path.selection.topdown_transform["default"].copy_(tensors[f"{prefix}.top_down_transform"])
+    path.selection.topdown_prompt["default"].weight.copy_(tensors[f"{prefix}.prompt"])
+    path.selection.topdown_transform["default"].weight.copy_(tensors[f"{prefix}.top_down_transform"])
     _, feedback_to = path.selection.topdown_config["default"].feedback_range(len(stack.blocks))
     for block in path.blocks_of("default"):
         layer = path.layers[str(block)]

@@ -63,6 +63,12 @@ class TopDownLayer(nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # The weights of an offloaded layer are not on the device it runs on; its accelerate hook knows that.
+        hook = getattr(self.get_base_layer(), "_hf_hook", None)
+        device = getattr(hook, "execution_device", None) if device is None else device
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Make an adapter the active one.
 
@@ -82,36 +88,21 @@ class TopDownLayer(nn.Module, BaseTunerLayer):
         raise NotImplementedError(NO_MERGE)
 
 
-class FeatureSelection(TopDownLayer):
-    """Keeps what matters for the task in the features of pass 1 (the paper's "feature selection").
+class Prompt(nn.Module):
+    """The task prompt: weighs each token by its similarity to a learned vector.
 
-    Formula: `m = clamp(cos(x, prompt), 0, 1)`, `z = (m * x) @ transform`.
+    The cosine does not depend on the vector's length, which only sets how far a gradient step turns it.
 
-    The transform multiplies from the right, untransposed, as `top_down_transform` of the official code.
+    Args:
+        hidden_size: d.
+        std: standard deviation of the initial values; 1 in the official code.
     """
 
-    adapter_layer_names = ("topdown_prompt", "topdown_transform")
-    other_param_names = ("topdown_config",)
-    parts: ClassVar = {"prompt": "prompt", "transform": "transform"}
+    def __init__(self, hidden_size: int, std: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(std * torch.randn(hidden_size))
 
-    def __init__(self, value_projection: nn.Module) -> None:
-        super().__init__(value_projection)
-        self.topdown_prompt = nn.ParameterDict()
-        self.topdown_transform = nn.ParameterDict()
-        self.topdown_config: dict[str, TopDownConfig] = {}
-
-    def update_layer(self, adapter_name: str, config: TopDownConfig) -> None:
-        """Create the prompt `[d]` and the transform `[d, d]` of an adapter.
-
-        The cosine does not depend on the prompt's length, which only sets how far a gradient step turns it.
-        """
-        self.topdown_config[adapter_name] = config
-        prompt = torch.randn(self.in_features)
-        self.topdown_prompt[adapter_name] = nn.Parameter(prompt * 0.02 if config.init_weights else prompt)
-        self.topdown_transform[adapter_name] = nn.Parameter(torch.eye(self.in_features))
-        self._finish_update(adapter_name, config)
-
-    def mask(self, features: torch.Tensor, adapter_name: str) -> torch.Tensor:
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Weight of each token, clamp(cos(x, prompt), 0, 1).
 
         Args:
@@ -120,11 +111,55 @@ class FeatureSelection(TopDownLayer):
         Returns:
             Weights in [0, 1]. Shape: [b, n, 1]
         """
-        prompt = self.topdown_prompt[adapter_name]
-        features = self._cast_input_dtype(features, prompt.dtype)
-        # As the official code: an eps of 1e-12 on each norm. Not a matmul, which autocast would run in low precision.
-        cosine = (F.normalize(features, dim=-1) * F.normalize(prompt, dim=-1)).sum(-1, keepdim=True)
-        return cosine.clamp(0, 1)
+        # As the official code: an eps of 1e-12 on each norm, which float16 does not have. And not a matmul, which
+        # autocast would run in low precision.
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        cosine = F.normalize(features.to(dtype), dim=-1) * F.normalize(self.weight.to(dtype), dim=-1)
+        return cosine.sum(-1, keepdim=True).clamp(0, 1).to(features.dtype)
+
+
+class Transform(nn.Module):
+    """The channel transform, a linear map from the right as `top_down_transform` of the official code.
+
+    Args:
+        hidden_size: d. The map starts as the identity.
+    """
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(hidden_size))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`x @ weight`. Shape: [b, n, d] -> [b, n, d]"""
+        return x @ self.weight
+
+
+class FeatureSelection(TopDownLayer):
+    """Keeps what matters for the task in the features of pass 1 (the paper's "feature selection").
+
+    Formula: `m = clamp(cos(x, prompt), 0, 1)`, `z = (m * x) @ transform`.
+    """
+
+    adapter_layer_names = ("topdown_prompt", "topdown_transform")
+    other_param_names = ("topdown_config",)
+    parts: ClassVar = {"prompt": "prompt", "transform": "transform"}
+
+    def __init__(self, value_projection: nn.Module) -> None:
+        super().__init__(value_projection)
+        self.topdown_prompt = nn.ModuleDict()
+        self.topdown_transform = nn.ModuleDict()
+        self.topdown_config: dict[str, TopDownConfig] = {}
+
+    def update_layer(self, adapter_name: str, config: TopDownConfig) -> None:
+        """Create the prompt and the transform of an adapter."""
+        self.topdown_config[adapter_name] = config
+        self.topdown_prompt[adapter_name] = Prompt(self.in_features, std=0.02 if config.init_weights else 1.0)
+        self.topdown_transform[adapter_name] = Transform(self.in_features)
+        self._finish_update(adapter_name, config)
+
+    def mask(self, features: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        """Weight of each token. Shape: [b, n, d] -> [b, n, 1]"""
+        return self.topdown_prompt[adapter_name](features)
 
     def forward(self, features: torch.Tensor, adapter_name: str) -> torch.Tensor:
         """Select tokens, then channels.
@@ -136,8 +171,8 @@ class FeatureSelection(TopDownLayer):
             What the feedback path starts from. Shape: [b, n, d]
         """
         transform = self.topdown_transform[adapter_name]
-        features = self._cast_input_dtype(features, transform.dtype)
-        return (self.mask(features, adapter_name) * features) @ transform
+        features = self._cast_input_dtype(features, transform.weight.dtype)
+        return transform(self.mask(features, adapter_name) * features)
 
 
 class FeedbackLayer(TopDownLayer):
@@ -275,10 +310,15 @@ class FeedbackPath(nn.Module):
         Returns:
             For each block index what is added to the input of its value projection. Shape: [b, n, d]
         """
-        z = self.selection(features.to(self.selection.topdown_prompt[adapter_name].device), adapter_name)
+        z = self.selection(_to_device_of(self.selection, features), adapter_name)
         feedback = {}
         for index in self.blocks_of(adapter_name):
             layer = self.layers[str(index)]
-            z = z.to(next(layer.parameters()).device)  # the blocks may be spread over several devices
-            z, feedback[index] = layer(z, adapter_name)
+            z, feedback[index] = layer(_to_device_of(layer, z), adapter_name)
         return feedback
+
+
+def _to_device_of(module: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor where the module is; the blocks, and with them the feedback layers, may be on several devices."""
+    device = next(module.parameters()).device
+    return tensor if device.type == "meta" else tensor.to(device)  # offloaded: the module's own hook will do it

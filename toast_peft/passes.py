@@ -15,6 +15,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -147,9 +148,13 @@ class ValueHooks:
     def add_bias_again(self, module: nn.Module, args: tuple, value: torch.Tensor) -> torch.Tensor | None:
         """Official ViT: `v = W h + b + W td + b`."""
         feedback = self.state.feedback
-        if feedback is None or not feedback.double_bias or module.bias is None:
+        if feedback is None or not feedback.double_bias:
             return None
-        return value + module.bias
+        self.state.feedback = None
+        try:  # through the module, not from its bias: it may be offloaded, or have none
+            return value + module(torch.zeros_like(args[0][..., :1, :]))
+        finally:
+            self.state.feedback = feedback
 
     def remove(self) -> None:
         """Remove the hooks."""
@@ -171,6 +176,8 @@ class CheckpointWithFeedback:
     def __call__(self, function: Callable, *args: Any) -> Any:
         if not torch.is_grad_enabled():  # pass 1 of a frozen model: nothing to recompute
             return function(*args)
+        if torch.compiler.is_compiling():  # the function is traced once, with the feedback, and not run again
+            return self.checkpoint(function, *args)
         feedback = self.state.feedback
         td, double_bias = feedback if feedback is not None else (None, False)
         return self.checkpoint(functools.partial(self.run, function, double_bias), td, *args)
@@ -311,7 +318,7 @@ class BackboneForward(ReplacedForward):
     def _first_pass(self, run: Run, kwargs: dict[str, Any]) -> None:
         self.state.run = run
         needs_graph = torch.is_grad_enabled() and self._first_pass_is_trained(run, kwargs)
-        with torch.set_grad_enabled(needs_graph):
+        with nullcontext() if needs_graph else torch.no_grad():
             self.original(**kwargs | self.not_recorded)
 
     def _first_pass_is_trained(self, run: Run, kwargs: dict[str, Any]) -> bool:
