@@ -1,0 +1,117 @@
+"""`torch.compile` with inductor: one graph for both passes, none but the first step compiles, same numbers."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from peft import PeftModel
+from torch import nn
+
+from .models import VARIANTS, VIT_AND_LLAMA, gradients, inputs_of, output_of, steered, tiny_model
+
+pytestmark = pytest.mark.slow
+NUM_STEPS = 3
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> None:
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+
+
+def compiled(model: PeftModel) -> Callable[..., Any]:
+    """The compiled model; a break of the graph is an error."""
+    return torch.compile(model, fullgraph=True)
+
+
+def compile_only_once(step: int) -> torch.compiler.set_stance:
+    """After the first step, compiling is an error."""
+    return torch.compiler.set_stance("default" if step == 0 else "fail_on_recompile")
+
+
+def steered_model(model_class: type, **options: Any) -> PeftModel:
+    # A ViT otherwise guesses the problem type in its first forward and stores it, for which it is compiled twice.
+    return steered(tiny_model(model_class, problem_type="single_label_classification"), **options)
+
+
+def training_batch(model: nn.Module, step: int) -> dict[str, torch.Tensor]:
+    """Other inputs in each step, with labels."""
+    inputs = inputs_of(model)
+    if "pixel_values" in inputs:
+        return {"pixel_values": inputs["pixel_values"] + step, "labels": torch.tensor([step % 2, 1])}
+    return {"input_ids": (ids := inputs["input_ids"].roll(step, 1)), "labels": ids}
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["full", "lite", "middle"])
+@pytest.mark.parametrize("model_class", VIT_AND_LLAMA)
+def test_forward(model_class: type, variant: str) -> None:
+    model = steered_model(model_class, **VARIANTS[variant])
+    run = compiled(model)
+    for step in range(NUM_STEPS):
+        inputs = training_batch(model, step)
+        with compile_only_once(step), torch.no_grad():
+            assert_close(run(**inputs).logits, output_of(model, inputs | {"labels": None}))
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+@pytest.mark.parametrize("variant", ["full", "lite", "middle"])
+@pytest.mark.parametrize("model_class", VIT_AND_LLAMA)
+def test_training_steps(model_class: type, variant: str) -> None:
+    models = [steered_model(model_class, **VARIANTS[variant]).train() for _ in range(2)]
+    forwards = [models[0], compiled(models[1])]
+    optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.01) for m in models]
+    for step in range(NUM_STEPS):
+        losses = []
+        for model, forward, optimizer in zip(models, forwards, optimizers, strict=True):
+            with compile_only_once(step):
+                loss = forward(**training_batch(model, step)).loss
+                loss.backward()
+            losses.append(loss)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+        assert_close(losses[1], losses[0])
+    assert losses[0].requires_grad
+    for name, parameter in models[0].named_parameters():
+        assert_close(models[1].get_parameter(name), parameter)
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+@pytest.mark.parametrize("model_class", VIT_AND_LLAMA)
+def test_gradient_checkpointing(model_class: type, use_reentrant: bool) -> None:
+    plain, model = (steered_model(model_class).train() for _ in range(2))
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    # PEFT's hook on the embeddings, which only adapters inside of the blocks need, does not compile in one graph.
+    model.get_base_model().disable_input_require_grads()
+    # With a cache transformers would log that it is not used, which does not compile either.
+    no_cache = {"use_cache": False} if model_class is tf.LlamaForCausalLM else {}
+    for forward, trained in ((plain, plain), (compiled(model), model)):
+        forward(**training_batch(trained, 0), **no_cache).loss.backward()
+    expected = gradients(plain)
+    assert max(gradient.abs().max() for gradient in expected.values()) > 1e-3
+    for name, gradient in gradients(model).items():
+        assert_close(gradient, expected[name])
+
+
+def test_disabling_the_adapter_compiles_the_base_model() -> None:
+    """The compiled model follows `disable_adapter`, and going back and forth compiles nothing again."""
+    base = tiny_model(tf.ViTForImageClassification)
+    base_output = output_of(base)
+    model = steered(base)
+    expected, inputs = output_of(model), inputs_of(model)
+    run = compiled(model)
+    for step in range(4):
+        # Compiled again after the first switch: PEFT's layers have an attribute only since then.
+        with compile_only_once(max(step - 1, 0)), torch.no_grad():
+            assert_close(run(**inputs).logits, expected)
+            with model.disable_adapter():
+                assert_close(run(**inputs).logits, base_output)
+    assert (expected - base_output).abs().max() > 0.1
