@@ -1,4 +1,4 @@
-"""Quantised base models: bitsandbytes 8-bit and 4-bit, torchao and quanto int8 weights, all on CPU."""
+"""Quantised base models: bitsandbytes 8-bit and 4-bit, torchao int8 weights, all on CPU."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ QUANTIZATIONS: dict[str, tuple[Any, str]] = {
         "Linear4bit",
     ),
     "torchao int8": (tf.TorchAoConfig(Int8WeightOnlyConfig()), "Int8Tensor"),
-    "quanto int8": (tf.QuantoConfig(weights="int8"), "QLinear"),
 }
 # 4-bit kernels take blocks of 64 weights.
 SIZES = {"hidden_size": 64, "intermediate_size": 128}

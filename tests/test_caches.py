@@ -1,0 +1,134 @@
+"""Kinds of caches and decoding beyond the defaults, what a cache holds, and what is refused."""
+
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from peft import PeftModel
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel, StaticCache
+from transformers.generation import CompileConfig
+
+from .models import DECODERS, NUM_BLOCKS, RANGES, VARIANTS, inputs_of, steered, tiny_model
+
+PROMPT_LENGTH = 6
+
+
+def decoder(model_class: type, variant: str, **options: Any) -> PeftModel:
+    return steered(tiny_model(model_class, **options), task_type="CAUSAL_LM", **VARIANTS[variant])
+
+
+def generate(model: PeftModel | PreTrainedModel, **options: Any) -> Any:
+    """Eight new tokens, and their logits."""
+    inputs = {} if "inputs_embeds" in options else inputs_of(model, length=PROMPT_LENGTH)
+    options = {"max_new_tokens": 8, "do_sample": False} | options
+    return model.generate(**inputs | options, return_dict_in_generate=True, output_logits=True)
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    assert torch.equal(found.sequences, expected.sequences)
+    torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", RANGES)
+@pytest.mark.parametrize("model_class", DECODERS)
+def test_prompts_as_embeddings(model_class: type, variant: str) -> None:
+    model = decoder(model_class, variant)
+    ids = inputs_of(model, length=PROMPT_LENGTH)["input_ids"]
+    embeddings = model.get_input_embeddings()(ids)
+    expected = generate(model, use_cache=False)
+    found = generate(model, inputs_embeds=embeddings, attention_mask=torch.ones_like(ids))
+    assert torch.equal(found.sequences, expected.sequences[:, PROMPT_LENGTH:])
+    torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", RANGES)
+@pytest.mark.parametrize("model_class", DECODERS)
+def test_base_model_drafts(model_class: type, variant: str) -> None:
+    """Assisted decoding: the base model proposes tokens, the adapted model accepts or rolls back both passes."""
+    model = decoder(model_class, variant)
+    ids = {"input_ids": inputs_of(model, batch_size=1, length=PROMPT_LENGTH)["input_ids"]}
+    expected = generate(model, **ids, use_cache=False)
+    assert_same(generate(model, **ids, assistant_model=tiny_model(model_class)), expected)
+
+
+@pytest.mark.parametrize("variant", ["full", "early", "late", "middle"])
+@pytest.mark.parametrize("model_class", [tf.LlamaForCausalLM, tf.Gemma3ForCausalLM])
+def test_compiled_decoding_with_a_static_cache(
+    model_class: type, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = decoder(model_class, variant)
+    expected = generate(model, use_cache=False)
+    # transformers compiles by itself on accelerators only.
+    monkeypatch.setattr(GenerationMixin, "_valid_auto_compile_criteria", lambda *args, **kwargs: True)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compile_config = CompileConfig(backend="aot_eager", mode="default", fullgraph=True)
+    assert_same(generate(model, cache_implementation="static", compile_config=compile_config), expected)
+    # One graph; a sliding window that fills up is a second one, also without TOAST.
+    sliding = "sliding_attention" in (getattr(model.config, "layer_types", None) or [])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1 + sliding
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.parametrize("variant", RANGES)
+def test_quantized_cache(variant: str) -> None:
+    """It loses precision: in two passes no more than of the order of what one pass loses."""
+    model = decoder(tf.LlamaForCausalLM, variant)
+    error = error_of_quantized_cache(model)
+    with model.disable_adapter():
+        assert 0 < error < 5 * error_of_quantized_cache(model)
+
+
+def error_of_quantized_cache(model: PeftModel) -> float:
+    """Relative error of the logits of the first step that reads the cache."""
+    options = {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
+    exact, found = (generate(model, max_new_tokens=2, **o).logits[1] for o in ({}, options))
+    return ((found - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("reorder", [False, True])
+@pytest.mark.parametrize("variant", RANGES)
+def test_cache_holds_what_it_needs_once(variant: str, reorder: bool) -> None:
+    """Keys and values of pass 2 for every block, of pass 1 for the blocks of the loop, and nothing else."""
+    model = decoder(tf.LlamaForCausalLM, variant)
+    with torch.no_grad():
+        cache = model(**inputs_of(model), use_cache=True).past_key_values
+        if reorder:
+            cache.reorder_cache(torch.tensor([1, 0]))
+            cache = model(input_ids=torch.tensor([[5], [6]]), past_key_values=cache).past_key_values
+    options = RANGES[variant]
+    blocks = NUM_BLOCKS + options.get("feedback_from", NUM_BLOCKS) - options.get("feedback_to", 0)
+    config = model.config
+    batch_size, length = 2, cache.get_seq_length()
+    of_a_block = 2 * batch_size * length * config.num_key_value_heads * config.head_dim * 4  # bytes, float32
+    tensors = {id(tensor): tensor for layer in all_layers(cache) for tensor in (layer.keys, layer.values)}
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors.values()}
+    assert sum(storage.nbytes() for storage in storages.values()) == blocks * of_a_block
+
+
+def all_layers(cache: DynamicCache) -> list:
+    return [*cache.layers, *cache.topdown_passes.first_pass.layers]
+
+
+def test_static_cache_holds_what_it_needs_once() -> None:
+    model = decoder(tf.LlamaForCausalLM, "middle")
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    with torch.no_grad():
+        model(**inputs_of(model), past_key_values=cache)
+        model(input_ids=torch.tensor([[5], [6]]), past_key_values=cache)
+    storages = {layer.keys.untyped_storage().data_ptr() for layer in all_layers(cache)}
+    assert len(storages) == NUM_BLOCKS + 3 - 1
+
+
+def test_continuous_batching_is_refused() -> None:
+    model = decoder(tf.LlamaForCausalLM, "full").get_base_model()
+    with pytest.raises(NotImplementedError, match="continuous batching"):
+        model(**inputs_of(model), cache=object())
+
+
+def test_encoder_decoder_cache_is_refused() -> None:
+    model = decoder(tf.LlamaForCausalLM, "full")
+    cache = tf.EncoderDecoderCache(DynamicCache(), DynamicCache())
+    with pytest.raises(NotImplementedError, match="encoder-decoder"):
+        model(**inputs_of(model), past_key_values=cache)
