@@ -250,6 +250,17 @@ def test_checkpointing_gives_the_same_gradients(model_class: type, use_reentrant
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+@pytest.mark.parametrize("model_class", VIT_AND_LLAMA)
+def test_checkpointing_every_other_block(model_class: type, use_reentrant: bool) -> None:
+    plain, model = training(model_class), training(model_class)
+    model.activation_checkpointing_enable({"use_reentrant": use_reentrant}, every_n_layers=2)
+    for m in (plain, model):
+        loss_of(m).backward()
+    assert_same_gradients(gradients(model), gradients(plain))
+    assert [block.gradient_checkpointing for block in blocks_of(model)] == [i % 2 == 0 for i in range(NUM_BLOCKS)]
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("model_class", VIT_AND_LLAMA)
 def test_two_forwards_before_one_backward(model_class: type, variant: str, use_reentrant: bool) -> None:
