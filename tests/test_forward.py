@@ -322,22 +322,31 @@ def test_threads_run_the_same_model(model_class: type) -> None:
         assert len(results[row]) == 20 and all(torch.equal(output, expected[row]) for output in results[row])
 
 
-def test_base_block_in_another_thread_during_a_forward() -> None:
-    """A thread that runs a block by itself while another is in pass 2 gets the plain block."""
+def test_value_projection_in_another_thread_during_a_forward() -> None:
+    """A thread that runs a projection by itself while another is in pass 2 gets the plain projection."""
     model = steered(tiny_model(tf.ViTModel))
-    block, hidden_states = blocks_of(model)[1], torch.randn(1, 5, 32)
-    expected = block(hidden_states)
+    projection, hidden_states = value_projections_of(model)[1], torch.randn(1, 5, 32)
+    expected = projection(hidden_states)
     outputs = []
 
-    def run_block(*_: Any) -> None:
-        thread = threading.Thread(target=lambda: outputs.append(block(hidden_states)))
+    def run_projection(*_: Any) -> None:
+        thread = threading.Thread(target=lambda: outputs.append(projection(hidden_states)))
         thread.start()
         thread.join()
 
-    handle = value_projections_of(model)[2].register_forward_hook(run_block)
+    handle = value_projections_of(model)[2].register_forward_hook(run_projection)
     output_of(model)
     handle.remove()
     assert len(outputs) == 2 and all(torch.equal(output, expected) for output in outputs)
+
+
+def test_single_block_without_its_feedback_is_refused() -> None:
+    model = steered(tiny_model(tf.ViTModel))
+    block, hidden_states = blocks_of(model)[1], torch.randn(1, 5, 32)
+    with pytest.raises(RuntimeError, match="Block 1 was called past the forward"):
+        block(hidden_states)
+    with model.disable_adapter():
+        assert block(hidden_states).isfinite().all()
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])

@@ -195,14 +195,16 @@ class CheckpointWithFeedback:
 class BlockForward(ReplacedForward):
     """Forward of a block: skips it where a pass does not need it, and gives it its feedback in pass 2."""
 
-    def __init__(self, module: nn.Module, state: ThreadState, index: int) -> None:
+    def __init__(self, module: nn.Module, state: ThreadState, index: int, path: FeedbackPath) -> None:
         super().__init__(module, state)
         self.index = index
+        self.path = path
         self.carry_feedback_through_checkpoints()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         run = self.state.run
         if run is None:
+            self._check_that_no_feedback_is_missing()
             return self.original(*args, **kwargs)
         self.carry_feedback_through_checkpoints()
         if run.first_pass:
@@ -215,6 +217,14 @@ class BlockForward(ReplacedForward):
             return self.original(*args, **kwargs)
         finally:
             self.state.feedback = None
+
+    def _check_that_no_feedback_is_missing(self) -> None:
+        if self.path.active_adapter is not None:
+            raise RuntimeError(
+                f"Block {self.index} was called past the forward of the module that owns the blocks, so it would not "
+                "get the feedback of the active adapter. Call the whole model, or disable the adapter to run single "
+                "blocks. If the model itself does this, TOAST does not support it."
+            )
 
     def _first_pass(self, run: Run, *args: Any, **kwargs: Any) -> Any:
         if self.index >= run.feedback_from:
@@ -351,7 +361,9 @@ class TwoPasses:
     def __init__(self, stack: BlockStack, path: FeedbackPath) -> None:
         self.state = ThreadState()
         self.backbone_forward = BackboneForward(stack, path, self.state)
-        self.block_forwards = [BlockForward(block, self.state, index) for index, block in enumerate(stack.blocks)]
+        self.block_forwards = [
+            BlockForward(block, self.state, index, path) for index, block in enumerate(stack.blocks)
+        ]
         self.value_hooks: dict[int, ValueHooks] = {}
 
     def add_value_projection(self, index: int, value_projection: nn.Module) -> None:
