@@ -12,10 +12,6 @@ torch.set_num_threads(1)
 logging.set_verbosity_error()
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: takes more than 15 seconds")
-
-
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)

@@ -153,8 +153,7 @@ class FeatureSelection(TopDownLayer):
     def update_layer(self, adapter_name: str, config: TopDownConfig) -> None:
         """Create the prompt and the transform of an adapter."""
         self.topdown_config[adapter_name] = config
-        # Small, so that it turns within a few steps; not so small that one step may turn it away from all tokens.
-        self.topdown_prompt[adapter_name] = Prompt(self.in_features, std=0.2 if config.init_weights else 1.0)
+        self.topdown_prompt[adapter_name] = Prompt(self.in_features, std=0.02 if config.init_weights else 1.0)
         self.topdown_transform[adapter_name] = Transform(self.in_features)
         self._finish_update(adapter_name, config)
 
