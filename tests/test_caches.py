@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers as tf
 from peft import PeftModel
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel, StaticCache
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel, StaticCache, cache_utils
 from transformers.generation import CompileConfig
 
 from .models import DECODERS, NUM_BLOCKS, RANGES, VARIANTS, inputs_of, steered, tiny_model
@@ -71,6 +71,9 @@ def test_compiled_decoding_with_a_static_cache(
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
+@pytest.mark.skipif(
+    not hasattr(cache_utils, "Fp8QuantizedLayer"), reason="a quantised cache without another package needs Python 3.11"
+)
 @pytest.mark.parametrize("variant", RANGES)
 def test_quantized_cache(variant: str) -> None:
     """It loses precision: in two passes no more than of the order of what one pass loses."""

@@ -249,6 +249,9 @@ def test_checkpointing_gives_the_same_gradients(model_class: type, use_reentrant
     assert all(block.gradient_checkpointing for block in blocks_of(model))
 
 
+@pytest.mark.skipif(
+    not hasattr(tf.PreTrainedModel, "activation_checkpointing_enable"), reason="`every_n_layers` needs Python 3.11"
+)
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 @pytest.mark.parametrize("model_class", VIT_AND_LLAMA)
 def test_checkpointing_every_other_block(model_class: type, use_reentrant: bool) -> None:

@@ -11,11 +11,12 @@ from peft import PeftModel
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from toast_peft import TopDownConfig
 
 from .models import VARIANTS, VOCAB_SIZE, output_of, tiny_model
+
+trl = pytest.importorskip("trl", reason="needs Python 3.11")
 
 WORDS = [
     "a",
@@ -106,9 +107,9 @@ def assert_saved_and_loaded(trainer: tf.Trainer, folder: Path) -> None:
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 @pytest.mark.parametrize("variant", ["full", "lite"])
 def test_sft_lowers_the_loss(variant: str, checkpointing: str, tmp_path: Path) -> None:
-    trainer = SFTTrainer(
+    trainer = trl.SFTTrainer(
         model=tiny_model(tf.LlamaForCausalLM),
-        args=SFTConfig(**options(tmp_path, checkpointing)),
+        args=trl.SFTConfig(**options(tmp_path, checkpointing)),
         train_dataset=Dataset.from_dict({"text": SENTENCES}),
         processing_class=tiny_tokenizer(),
         peft_config=TopDownConfig(task_type="CAUSAL_LM", **VARIANTS[variant]),
@@ -128,9 +129,9 @@ def test_dpo_lowers_the_loss(precompute: bool, checkpointing: str, tmp_path: Pat
         "chosen": [f" {sentence.split()[-2]} tree" for sentence in SENTENCES],
         "rejected": [f" {sentence.split()[-2]} bird" for sentence in SENTENCES],
     }
-    trainer = DPOTrainer(
+    trainer = trl.DPOTrainer(
         model=tiny_model(tf.LlamaForCausalLM),
-        args=DPOConfig(**options(tmp_path, checkpointing, precompute_ref_log_probs=precompute)),
+        args=trl.DPOConfig(**options(tmp_path, checkpointing, precompute_ref_log_probs=precompute)),
         train_dataset=Dataset.from_dict(pairs),
         processing_class=tiny_tokenizer(),
         peft_config=TopDownConfig(task_type="CAUSAL_LM"),

@@ -71,10 +71,14 @@ class Run:
 
 
 class ThreadState(threading.local):
-    """The running forward and the running block's feedback, each thread its own; copies start empty."""
+    """The running forward and the running block's feedback, each thread its own; copies start empty.
+
+    `in_checkpoint` is whether a checkpointed block runs, in the forward or again in the backward pass.
+    """
 
     run: Run | None = None
     feedback: Feedback | None = None
+    in_checkpoint: bool = False
 
     def __deepcopy__(self, memo: dict) -> "ThreadState":
         return ThreadState()
@@ -169,27 +173,35 @@ class CheckpointWithFeedback:
     argument the feedback is there again, and it gets its gradient also from reentrant checkpointing.
     """
 
-    def __init__(self, checkpoint: Callable, state: ThreadState) -> None:
+    def __init__(self, checkpoint: Callable, state: ThreadState, block: "BlockForward") -> None:
         self.checkpoint = checkpoint
         self.state = state
+        self.block = block
 
     def __call__(self, function: Callable, *args: Any) -> Any:
+        run = self.state.run
+        if run is not None and self.block.is_skipped(run):  # before transformers 5.23 also skipped blocks come here
+            return function(*args)
         if not torch.is_grad_enabled():  # pass 1 of a frozen model: nothing to recompute
             return function(*args)
         if torch.compiler.is_compiling():  # the function is traced once, with the feedback, and not run again
             return self.checkpoint(function, *args)
-        feedback = self.state.feedback
-        td, double_bias = feedback if feedback is not None else (None, False)
-        return self.checkpoint(functools.partial(self.run, function, double_bias), td, *args)
+        if run is None:
+            return self.checkpoint(functools.partial(self.run, function, False), None, *args)
+        td = None if run.first_pass else run.feedback.get(self.block.index)
+        output = self.checkpoint(functools.partial(self.run, function, run.double_bias), td, *args)
+        self.block.keep_output(run, output)  # with its graph, which the inside of a reentrant checkpoint has not
+        return output
 
     def run(self, function: Callable, double_bias: bool, td: torch.Tensor | None, *args: Any) -> Any:
         """The checkpointed call, in the forward and again in the backward pass, where it may be another thread."""
-        previous = self.state.feedback
+        previous = self.state.feedback, self.state.in_checkpoint
         self.state.feedback = None if td is None else Feedback(td, double_bias)
+        self.state.in_checkpoint = True
         try:
             return function(*args)
         finally:
-            self.state.feedback = previous
+            self.state.feedback, self.state.in_checkpoint = previous
 
 
 class BlockForward(ReplacedForward):
@@ -199,17 +211,17 @@ class BlockForward(ReplacedForward):
         super().__init__(module, state)
         self.index = index
         self.path = path
-        self.carry_feedback_through_checkpoints()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         run = self.state.run
         if run is None:
-            self._check_that_no_feedback_is_missing()
+            # In the backward pass: transformers before 5.23 checkpoints the block's call, this forward included.
+            if not self.state.in_checkpoint:
+                self._check_that_no_feedback_is_missing()
             return self.original(*args, **kwargs)
-        self.carry_feedback_through_checkpoints()
         if run.first_pass:
             return self._first_pass(run, *args, **kwargs)
-        if self.index < run.feedback_to and not run.repeat_lower_blocks:
+        if self.is_skipped(run):
             return run.outputs[self.index]
         if self.index in run.feedback:
             self.state.feedback = Feedback(run.feedback[self.index], run.double_bias)
@@ -217,6 +229,12 @@ class BlockForward(ReplacedForward):
             return self.original(*args, **kwargs)
         finally:
             self.state.feedback = None
+
+    def is_skipped(self, run: Run) -> bool:
+        """Whether the running pass does not need this block."""
+        if run.first_pass:
+            return self.index >= run.feedback_from
+        return self.index < run.feedback_to and not run.repeat_lower_blocks
 
     def _check_that_no_feedback_is_missing(self) -> None:
         if self.path.active_adapter is not None:
@@ -227,19 +245,23 @@ class BlockForward(ReplacedForward):
             )
 
     def _first_pass(self, run: Run, *args: Any, **kwargs: Any) -> Any:
-        if self.index >= run.feedback_from:
+        if self.is_skipped(run):
             # Unchanged hidden states in the form a block of this model returns them.
             return run.outputs[run.feedback_from - 1]
         output = self.original(*args, **kwargs)
-        if self.index < run.feedback_to or self.index == run.feedback_from - 1:
-            run.outputs[self.index] = output
+        self.keep_output(run, output)
         return output
+
+    def keep_output(self, run: Run, output: Any) -> None:
+        """Keep what pass 1 computed if pass 2 or the feedback path needs it."""
+        if run.first_pass and (self.index < run.feedback_to or self.index == run.feedback_from - 1):
+            run.outputs[self.index] = output
 
     def carry_feedback_through_checkpoints(self) -> None:
         """Wrap the block's checkpointing function; again at each forward, as enabling checkpointing sets a new one."""
         checkpoint = getattr(self.module, "_gradient_checkpointing_func", None)
         if checkpoint is not None and not isinstance(checkpoint, CheckpointWithFeedback):
-            self.module._gradient_checkpointing_func = CheckpointWithFeedback(checkpoint, self.state)
+            self.module._gradient_checkpointing_func = CheckpointWithFeedback(checkpoint, self.state, self)
 
     def remove(self) -> None:
         super().remove()
@@ -251,7 +273,9 @@ class BlockForward(ReplacedForward):
 class BackboneForward(ReplacedForward):
     """Forward of the backbone: pass 1, feedback, pass 2; or just the one pass if no adapter is active."""
 
-    def __init__(self, stack: BlockStack, path: FeedbackPath, state: ThreadState) -> None:
+    def __init__(
+        self, stack: BlockStack, path: FeedbackPath, state: ThreadState, block_forwards: list[BlockForward]
+    ) -> None:
         parameters = inspect.signature(stack.backbone.forward).parameters
         self.argument_names = tuple(parameters)
         takes_any = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values())
@@ -260,6 +284,7 @@ class BackboneForward(ReplacedForward):
         self.not_recorded = {name: False for name in recordings if takes_any or name in parameters}
         super().__init__(stack.backbone, state)
         self.blocks = stack.blocks
+        self.block_forwards = block_forwards
         self.final_norm_name = stack.final_norm
         self.normalize_features = stack.normalize_features
         self.path = path
@@ -284,6 +309,8 @@ class BackboneForward(ReplacedForward):
             self.state.run, self.state.feedback = outer
 
     def _run_twice(self, adapter_name: str, kwargs: dict[str, Any]) -> Any:
+        for block_forward in self.block_forwards:
+            block_forward.carry_feedback_through_checkpoints()
         config = self.path.selection.topdown_config[adapter_name]
         run = self._new_run(config, kwargs)
         cache = self._cache(adapter_name, run, kwargs)
@@ -360,10 +387,10 @@ class TwoPasses:
 
     def __init__(self, stack: BlockStack, path: FeedbackPath) -> None:
         self.state = ThreadState()
-        self.backbone_forward = BackboneForward(stack, path, self.state)
         self.block_forwards = [
             BlockForward(block, self.state, index, path) for index, block in enumerate(stack.blocks)
         ]
+        self.backbone_forward = BackboneForward(stack, path, self.state, self.block_forwards)
         self.value_hooks: dict[int, ValueHooks] = {}
 
     def add_value_projection(self, index: int, value_projection: nn.Module) -> None:
