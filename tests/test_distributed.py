@@ -21,9 +21,10 @@ EXAMPLE_CONFIGS = sorted((ROOT / "examples" / "accelerate_configs").glob("*.yaml
 def trained_by_two(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with what two processes saved; all scenarios in one run, as importing everything twice takes longest."""
     folder = tmp_path_factory.mktemp(request.param)
-    # --standalone chooses a free port.
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["-m", "tests.distributed_worker", request.param, str(folder)]
+    # --multi_gpu means several processes, here on CPU (--cpu would need MPI for them); port 0 is any free one.
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
+    command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
+    command += ["--module", "tests.distributed_worker", request.param, str(folder)]
     run = subprocess.run(
         command,
         cwd=ROOT,
