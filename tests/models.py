@@ -13,6 +13,8 @@ from torch import nn
 
 from toast_peft import TopDownConfig
 
+from .further_models import FURTHER_MODELS, images_and_text
+
 NUM_BLOCKS = 4
 HIDDEN_SIZE = 32
 VOCAB_SIZE = 40
@@ -103,7 +105,7 @@ RANGES = {name: options for name, options in VARIANTS.items() if name != "lite"}
 def tiny_model(model_class: type, **options: Any) -> nn.Module:
     """A model in eval mode with random weights, always the same; `options` are added to those of its config."""
     torch.manual_seed(0)
-    config_class, defaults = MODELS[model_class]
+    config_class, defaults = (MODELS | FURTHER_MODELS)[model_class]
     model = model_class(config_class(**defaults | options))
     add_noise(*model.parameters())
     return model.eval()
@@ -153,11 +155,19 @@ def trained_everywhere(model_class: type, **options: Any) -> PeftModel:
 
 
 def inputs_of(model: nn.Module, batch_size: int = 2, length: int = 9) -> dict[str, torch.Tensor]:
-    """Random images or sentences without padding, always the same."""
+    """Random images, sounds or sentences without padding, always the same."""
+    if hasattr(model.config, "vision_config") and model.can_generate():
+        return images_and_text(model)
     generator = torch.Generator().manual_seed(2)
-    if model.main_input_name == "pixel_values":
-        return {"pixel_values": torch.randn(batch_size, 3, 8, 8, generator=generator)}
-    return {"input_ids": torch.randint(3, VOCAB_SIZE, (batch_size, length), generator=generator)}
+    sentences = torch.randint(3, VOCAB_SIZE, (batch_size, length), generator=generator)
+    if model.main_input_name == "input_ids":
+        decoder_inputs = {"decoder_input_ids": sentences.flip(0)} if model.config.is_encoder_decoder else {}
+        return {"input_ids": sentences} | decoder_inputs
+    if model.main_input_name == "input_features":  # spectrograms
+        spectrograms = torch.randn(batch_size, 8, 16, generator=generator)
+        return {"input_features": spectrograms, "decoder_input_ids": sentences}
+    shape = (3, 8, 8) if model.main_input_name == "pixel_values" else (80,)
+    return {model.main_input_name: torch.randn(batch_size, *shape, generator=generator)}
 
 
 def output_of(model: nn.Module, inputs: dict[str, torch.Tensor] | None = None) -> torch.Tensor:

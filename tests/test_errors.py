@@ -77,14 +77,14 @@ def test_config_that_does_not_fit_the_model(options: dict[str, Any], message: st
 
 
 def test_unsupported_model_type() -> None:
-    config = tf.OPTConfig(
-        hidden_size=16, word_embed_proj_dim=16, num_hidden_layers=2, num_attention_heads=2, ffn_dim=16, vocab_size=40
-    )
-    model = tf.OPTForCausalLM(config)
+    config = tf.MambaConfig(hidden_size=16, num_hidden_layers=2, state_size=4, vocab_size=40)
+    model = tf.MambaForCausalLM(config)
     with pytest.raises(ValueError) as error:
         adapted(model)
     message = str(error.value)
-    assert all(word in message for word in ("OPTForCausalLM", "'opt'", "llama", "vit", "target_modules=['v_proj']"))
+    assert all(
+        word in message for word in ("MambaForCausalLM", "'mamba'", "llama", "vit", "target_modules=['v_proj']")
+    )
     assert not hasattr(model, "peft_config")
 
 
@@ -97,41 +97,31 @@ def test_several_stacks_of_supported_types() -> None:
         adapted(towers)
 
 
+_SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 40}
+_LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+
+
 @pytest.mark.parametrize(
     ("config", "target_modules"),
     [
-        (tf.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=40, n_positions=16), ["attn.c_attn"]),
-        (
-            tf.GPTNeoXConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=40),
-            ["query_key_value"],
-        ),
-        (
-            tf.Phi3Config(
-                hidden_size=16,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                vocab_size=40,
-                intermediate_size=16,
-                pad_token_id=0,
-            ),
-            ["qkv_proj"],
-        ),
+        (tf.BloomConfig(hidden_size=16, n_layer=2, n_head=2, vocab_size=40), ["query_key_value"]),
+        (tf.DeepseekV3Config(**_SIZES, **_LATENT, first_k_dense_replace=2, intermediate_size=16), ["kv_b_proj"]),
     ],
-    ids=["gpt2", "gpt_neox", "phi3"],
+    ids=["unknown order", "latent attention"],
 )
-def test_fused_projections(config: tf.PretrainedConfig, target_modules: list[str]) -> None:
+def test_projections_of_more_than_values(config: tf.PretrainedConfig, target_modules: list[str]) -> None:
     model = tf.AutoModelForCausalLM.from_config(config)
-    with pytest.raises(ValueError, match="Fused projections"):
+    with pytest.raises(ValueError, match="as well as values.*gpt2, gpt_neox"):
         adapted(model, target_modules=target_modules)
+    with pytest.raises(ValueError, match="does not know where the value projections"):
+        adapted(model)
     assert not hasattr(model, "peft_config")
 
 
 def test_normalize_features_without_a_known_norm() -> None:
-    config = tf.OPTConfig(
-        hidden_size=16, word_embed_proj_dim=16, num_hidden_layers=2, num_attention_heads=2, ffn_dim=16, vocab_size=40
-    )
-    with pytest.raises(ValueError, match="final norm of 'opt' is not known"):
-        adapted(tf.OPTForCausalLM(config), target_modules=["v_proj"], normalize_features=True)
+    model = tf.BertModel(tf.BertConfig(**_SIZES, intermediate_size=16))
+    with pytest.raises(ValueError, match="'bert' has no final norm"):
+        adapted(model, normalize_features=True)
 
 
 def test_second_adapter_that_fails_leaves_the_first() -> None:

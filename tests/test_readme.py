@@ -2,7 +2,9 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
+import pytest
 from peft import get_peft_model
 from transformers import ViTConfig, ViTForImageClassification
 
@@ -29,8 +31,35 @@ def test_every_option_is_explained() -> None:
     }
 
 
-def test_supported_models_are_named() -> None:
-    section = README.split("## Supported models")[1].split("## ")[0].lower().replace(" ", "").replace("-", "")
-    for model_type in ARCHITECTURES:
-        family = model_type.removesuffix("_vision_model").removesuffix("_text").replace("_", "")
-        assert family in section
+def supported_models() -> str:
+    """The table of the README; `python -m tests.test_readme` prints it."""
+    rows: dict[tuple[str, str], list[str]] = {}
+    for model_type, row in sorted(ARCHITECTURES.items()):
+        values = f"`{row.value_projection}`" + (" (fused)" if row.fused else "")
+        start = f"after `{row.final_norm}`" if row.normalize_features else "after the last block"
+        rows.setdefault((values, start), []).append(f"`{model_type}`")
+    lines = [f"| {', '.join(types)} | {values} | {start} |" for (values, start), types in rows.items()]
+    head = ["| model type | value projection in a block | feedback starts |", "|---|---|---|"]
+    return "\n".join([*head, *lines])
+
+
+def test_supported_models() -> None:
+    assert supported_models() in README
+
+
+def test_example_of_a_custom_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    [example] = re.findall(
+        r"```python\n(.*?)```", README.split("### A model of your own")[1].split("## ")[0], re.DOTALL
+    )
+    names: dict[str, Any] = {"__name__": "example"}
+    exec(example, names)
+    trained = {
+        name for name, p in names["model"].named_parameters() if "modules_to_save" in name or "topdown_" in name
+    }
+    assert any(".blocks." not in name and "feedback_path.layers.3" in name for name in trained)
+    assert (tmp_path / "toast-adapter" / "adapter_model.safetensors").is_file()
+
+
+if __name__ == "__main__":
+    print(supported_models())

@@ -5,41 +5,85 @@ projections with `target_modules`.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Names inside a *backbone*, the module that owns the stack of blocks (`LlamaModel`, `ViTModel`, ...).
+    """Names inside a *backbone*, the module that runs the stack of blocks (`LlamaModel`, `ViTModel`, ...).
 
     Args:
         blocks: path from the backbone to the `nn.ModuleList` of blocks.
         value_projection: path from a block to the linear layer that computes the attention's values.
-        final_norm: path from the backbone to the norm that follows the last block.
+        final_norm: path from the backbone to the norm that follows the last block, `None` if there is none.
         normalize_features: whether the feedback starts from the features after `final_norm`. The official code does so
             for ViT, whose final norm all tokens pass, and not for LLaMA.
+        fused: how queries, keys and values lie in the output of a projection that computes all three: one after the
+            other, or so for each key-value head. `None` if it computes only values.
+        has_cache: whether the backbone fills a key-value cache. Some encoders take one, but fill it only if their
+            config says that they are decoders.
     """
 
     blocks: str
     value_projection: str
-    final_norm: str
-    normalize_features: bool
+    final_norm: str | None
+    normalize_features: bool = False
+    fused: Literal["one after the other", "by key-value head"] | None = None
+    has_cache: bool = True
 
 
-_VIT = Architecture("layers", "attention.v_proj", "layernorm", normalize_features=True)
+_BERT = Architecture("encoder.layer", "attention.self.value", None, has_cache=False)
+_LLAMA = Architecture("layers", "self_attn.v_proj", "norm")
+_QWEN_VISION = Architecture("blocks", "attn.qkv", None, fused="one after the other")
 _VISION_TOWER = Architecture("encoder.layers", "self_attn.v_proj", "post_layernorm", normalize_features=True)
-_LLAMA = Architecture("layers", "self_attn.v_proj", "norm", normalize_features=False)
+_VIT = Architecture("layers", "attention.v_proj", "layernorm", normalize_features=True)
+_WAV2VEC2 = Architecture("layers", "attention.v_proj", None)
 
 # The key is the `model_type` in the config of the backbone, not of the whole model: CLIPForImageClassification is a
 # "clip" whose backbone is a "clip_vision_model".
 ARCHITECTURES = {
+    "beit": _VIT,
+    "bert": _BERT,
     "clip_vision_model": _VISION_TOWER,
+    "cohere2": _LLAMA,
+    "data2vec-vision": Architecture(
+        "encoder.layer", "attention.attention.value", "layernorm", normalize_features=True
+    ),
+    "deberta-v2": Architecture("encoder.layer", "attention.self.value_proj", None),
     "deit": _VIT,
     "dinov2": Architecture("encoder.layer", "attention.v_proj", "layernorm", normalize_features=True),
+    "dinov3_vit": Architecture("model.layer", "attention.v_proj", "norm", normalize_features=True),
+    "distilbert": Architecture("transformer.layer", "attention.v_lin", None),
+    "electra": _BERT,
+    "falcon": Architecture("h", "self_attention.query_key_value", "ln_f", fused="by key-value head"),
+    "gemma": _LLAMA,
+    "gemma2": _LLAMA,
     "gemma3_text": _LLAMA,
+    "gpt2": Architecture("h", "attn.c_attn", "ln_f", fused="one after the other"),
+    "gpt_neox": Architecture("layers", "attention.query_key_value", "final_layer_norm", fused="by key-value head"),
+    "granite": _LLAMA,
+    "hubert": _WAV2VEC2,
     "llama": _LLAMA,
     "mistral": _LLAMA,
+    "mixtral": _LLAMA,
+    "modernbert": Architecture("layers", "attn.Wqkv", "final_norm", fused="one after the other"),
+    "olmo2": _LLAMA,
+    "opt": Architecture("layers", "self_attn.v_proj", "final_layer_norm"),
+    "phi3": Architecture("layers", "self_attn.qkv_proj", "norm", fused="one after the other"),
     "qwen2": _LLAMA,
+    "qwen2_5_vl_text": _LLAMA,
+    "qwen2_5_vl_vision": _QWEN_VISION,
+    "qwen2_moe": _LLAMA,
     "qwen3": _LLAMA,
+    "qwen3_moe": _LLAMA,
+    "qwen3_vl_text": _LLAMA,
+    "qwen3_vl_vision": _QWEN_VISION,
+    "roberta": _BERT,
     "siglip_vision_model": _VISION_TOWER,
+    "smollm3": _LLAMA,
+    "stablelm": _LLAMA,
+    "t5": Architecture("block", "layer.0.SelfAttention.v", "final_layer_norm", has_cache=False),
     "vit": _VIT,
+    "wav2vec2": _WAV2VEC2,
+    "whisper": Architecture("layers", "self_attn.v_proj", "layer_norm"),
 }

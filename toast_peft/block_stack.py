@@ -1,4 +1,4 @@
-"""Finds the stack of blocks in a model, and in each block the value projection that receives feedback."""
+"""Finds the stacks of blocks in a model, and in each block the value projection that receives feedback."""
 
 import re
 from dataclasses import dataclass, field, replace
@@ -8,10 +8,11 @@ from torch import nn
 
 from .architectures import ARCHITECTURES, Architecture
 from .config import TopDownConfig
+from .value_projection import ValueColumns, input_size, output_size
 
-# The last part of the name of projections that compute queries, keys and values at once. Adding the feedback to their
-# input would change the queries and keys as well.
-_FUSED_PROJECTIONS = {"Wqkv", "c_attn", "in_proj", "qkv", "qkv_proj", "query_key_value"}
+# The last part of the name of projections that compute more than values. Adding the feedback to their input would
+# change the queries or keys as well.
+_FUSED_PROJECTIONS = {"Wqkv", "c_attn", "in_proj", "kv_b_proj", "qkv", "qkv_proj", "query_key_value"}
 # Attention to the states of an encoder. Its values are not of the tokens that the feedback is of.
 _CROSS_ATTENTION = {"EncDecAttention", "cross_attn", "crossattention", "encoder_attn"}
 
@@ -27,17 +28,21 @@ class BlockStack:
         final_norm: path from the backbone to the norm that follows the last block, `None` if unknown.
         normalize_features: whether, by the model type, the feedback starts after `final_norm`.
         model_type: what the backbone is, for messages and for comparing when an adapter is loaded.
+        has_cache: whether the backbone may fill a key-value cache.
+        value_columns: where the values are in the output of fused projections, `None` for those of values only.
         value_projections: for each block that receives feedback its value projection.
         names: the full names in the model of these value projections.
         excluded: names of value projections that `exclude_modules` leaves out.
     """
 
     backbone: nn.Module
-    blocks: nn.ModuleList
+    blocks: nn.ModuleList | nn.Sequential
     blocks_name: str
     final_norm: str | None
     normalize_features: bool
     model_type: str
+    has_cache: bool
+    value_columns: ValueColumns | None
     value_projections: dict[int, nn.Module]
     names: dict[str, int]
     excluded: set[str] = field(default_factory=set)
@@ -45,18 +50,21 @@ class BlockStack:
     @property
     def hidden_size(self) -> int:
         """Number of channels of the hidden states."""
-        return _in_features(next(iter(self.value_projections.values())))
+        return input_size(next(iter(self.value_projections.values())))
 
 
-def find_block_stack(model: nn.Module, config: TopDownConfig) -> BlockStack:
+def find_block_stacks(model: nn.Module, config: TopDownConfig) -> list[BlockStack]:
     """Find the blocks and value projections that `config` is about. Touches nothing.
+
+    An encoder-decoder model has two stacks, each with a feedback path of its own. A vision-language model has two as
+    well, of which the language model gets feedback unless `target_modules` names those of the vision tower.
 
     Args:
         model: the model to adapt.
         config: its `target_modules`, `exclude_modules`, `layers_to_transform`, `feedback_from`, `feedback_to` count.
 
     Returns:
-        The stack, with the value projections of the blocks that receive feedback only.
+        The stacks, with the value projections of the blocks that receive feedback only.
 
     Raises:
         ValueError: if the model type is unknown and no value projections are named, if the named modules are not one
@@ -64,10 +72,10 @@ def find_block_stack(model: nn.Module, config: TopDownConfig) -> BlockStack:
     """
     known = _known_backbones(model)
     if config.target_modules is None:
-        stack = _stack_by_model_type(model, known)
+        stacks = _stacks_by_model_type(model, known)
     else:
-        stack = _stack_by_target_modules(model, known, config)
-    return _select_blocks(stack, config)
+        stacks = _stacks_by_target_modules(model, known, config)
+    return [_select_blocks(stack, config) for stack in stacks]
 
 
 def _model_type(module: nn.Module) -> str:
@@ -95,7 +103,7 @@ def _join(*names: str) -> str:
     return ".".join(name for name in names if name)
 
 
-def _stack_by_model_type(model: nn.Module, known: dict[str, Architecture]) -> BlockStack:
+def _stacks_by_model_type(model: nn.Module, known: dict[str, Architecture]) -> list[BlockStack]:
     if not known:
         raise ValueError(
             f"TOAST does not know where the value projections of {type(model).__name__} (model type "
@@ -103,41 +111,76 @@ def _stack_by_model_type(model: nn.Module, known: dict[str, Architecture]) -> Bl
             "name them with `target_modules`, one linear layer in each block that computes only the attention's "
             "values, for example target_modules=['v_proj'] or a regular expression."
         )
-    if len(known) > 1:
+    if len(known) > 1 and not _is_encoder_decoder(model):
+        known = _language_model_only(model, known)
+    if len(known) > 1 and not _is_encoder_decoder(model):
         raise ValueError(
             f"{type(model).__name__} has several stacks of blocks: {sorted(known)}. Choose one with `target_modules`, "
             f"for example target_modules=r'{re.escape(min(known))}\\..*v_proj'."
         )
-    [(backbone_name, architecture)] = known.items()
-    prefix = _join(backbone_name, architecture.blocks)
-    names = {
-        _join(prefix, str(index), architecture.value_projection): index
-        for index in range(len(model.get_submodule(prefix)))
-    }
-    return _make_stack(model, backbone_name, prefix, architecture, names)
+    stacks = []
+    for backbone_name, architecture in known.items():
+        prefix = _join(backbone_name, architecture.blocks)
+        indices = range(len(model.get_submodule(prefix)))
+        names = {_join(prefix, str(index), architecture.value_projection): index for index in indices}
+        _check_value_projections_are_there(model, names)
+        stacks.append(_make_stack(model, backbone_name, prefix, architecture, names))
+    return stacks
 
 
-def _stack_by_target_modules(model: nn.Module, known: dict[str, Architecture], config: TopDownConfig) -> BlockStack:
+def _is_encoder_decoder(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def _language_model_only(model: nn.Module, known: dict[str, Architecture]) -> dict[str, Architecture]:
+    """The stack that transformers calls the decoder of a vision-language model; all if there is none."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    found = {name: row for name, row in known.items() if model.get_submodule(name) is decoder}
+    return found or known
+
+
+def _check_value_projections_are_there(model: nn.Module, names: dict[str, int]) -> None:
+    missing = [name for name in names if _get(model, name) is None]
+    if missing:
+        raise ValueError(
+            f"{type(model).__name__} has no {_some(missing)}; its blocks are not those that TOAST knows of the model "
+            f"type {_model_type(model)!r}. Name the value projections with `target_modules`."
+        )
+
+
+def _stacks_by_target_modules(
+    model: nn.Module, known: dict[str, Architecture], config: TopDownConfig
+) -> list[BlockStack]:
     # The index of a block is taken from its place in the stack, not from a pattern in its name as PEFT does, which
     # needs a name before the list and finds none on a bare ViTModel.
     pattern = replace(config, layers_to_transform=None, exclude_modules=None)
     matched = [name for name, _ in model.named_modules() if name and check_target_module_exists(pattern, name)]
     matched = [name for name in matched if not _inside_another(name, matched)]
-    lists = {name: _outermost_list(model, name) for name in matched}
-    if not matched or None in lists.values() or len(set(lists.values())) > 1:
-        outside = [name for name, blocks in lists.items() if blocks is None]
+    lists = {name: _list_of_blocks(model, name) for name in matched}
+    outside = [name for name, blocks in lists.items() if blocks is None]
+    if not matched or outside or (len(set(lists.values())) > 1 and not _is_encoder_decoder(model)):
         raise ValueError(
             f"`target_modules={config.target_modules!r}` matches {_some(matched)} in {type(model).__name__}; expected "
-            "the value projections of one stack of blocks (an nn.ModuleList)"
+            "the value projections of one stack of blocks (an nn.ModuleList or nn.Sequential)"
             + (f", but {_some(outside)} are in none." if outside else ".")
         )
-    blocks_name = lists[matched[0]]
-    names = {name: int(name[len(blocks_name) + 1 :].split(".")[0]) for name in matched}
-    _check_value_projections(names, config)
+    stacks = []
+    for blocks_name in dict.fromkeys(lists.values()):
+        names = {
+            name: int(name[len(blocks_name) + 1 :].split(".")[0]) for name in matched if lists[name] == blocks_name
+        }
+        backbone_name, architecture = _backbone_of(blocks_name, known)
+        _check_value_projections(names, config, architecture)
+        stacks.append(_make_stack(model, backbone_name, blocks_name, architecture, names))
+    return stacks
+
+
+def _backbone_of(blocks_name: str, known: dict[str, Architecture]) -> tuple[str, Architecture | None]:
+    """The name of the module that runs the blocks: what the model type says, or the module that they are in."""
     for backbone_name, architecture in known.items():
         if _join(backbone_name, architecture.blocks) == blocks_name:
-            return _make_stack(model, backbone_name, blocks_name, architecture, names)
-    return _make_stack(model, blocks_name.rpartition(".")[0], blocks_name, None, names)
+            return backbone_name, architecture
+    return blocks_name.rpartition(".")[0], None
 
 
 def _inside_another(name: str, matched: list[str]) -> bool:
@@ -145,12 +188,14 @@ def _inside_another(name: str, matched: list[str]) -> bool:
     return any(name.startswith(other + ".") for other in matched)
 
 
-def _outermost_list(model: nn.Module, name: str) -> str | None:
-    """The name of the outermost `nn.ModuleList` that the module is in, so that lists inside of blocks do not count."""
+def _list_of_blocks(model: nn.Module, name: str) -> str | None:
+    """The name of the outermost list that the module is in, so that lists inside of blocks do not count."""
     parts = name.split(".")
-    for end in range(1, len(parts)):
-        if isinstance(model.get_submodule(".".join(parts[:end])), nn.ModuleList):
-            return ".".join(parts[:end])
+    parents = [".".join(parts[:end]) for end in range(1, len(parts))]
+    for kind in (nn.ModuleList, nn.Sequential):
+        found = next((parent for parent in parents if isinstance(model.get_submodule(parent), kind)), None)
+        if found is not None:
+            return found
     return None
 
 
@@ -159,12 +204,13 @@ def _some(names: list[str]) -> str:
     return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _check_value_projections(names: dict[str, int], config: TopDownConfig) -> None:
+def _check_value_projections(names: dict[str, int], config: TopDownConfig, architecture: Architecture | None) -> None:
     fused = [name for name in names if name.rpartition(".")[2] in _FUSED_PROJECTIONS]
-    if fused:
+    if fused and not (architecture and architecture.fused):
         raise ValueError(
-            f"`target_modules={config.target_modules!r}` matches {_some(fused)}, which compute queries and keys as "
-            "well as values. Fused projections are not supported yet; TOAST steers the values only."
+            f"`target_modules={config.target_modules!r}` matches {_some(fused)}, which compute queries or keys as "
+            "well as values. TOAST steers the values only, and knows where they are in a fused projection only for "
+            f"these model types: {', '.join(sorted(name for name, row in ARCHITECTURES.items() if row.fused))}."
         )
     crossing = [name for name in names if _CROSS_ATTENTION & set(name.split("."))]
     if crossing:
@@ -196,9 +242,30 @@ def _make_stack(
         final_norm=architecture.final_norm if architecture else None,
         normalize_features=architecture is not None and architecture.normalize_features,
         model_type=_model_type(backbone),
+        has_cache=_has_cache(backbone, architecture),
+        value_columns=_value_columns(backbone, architecture, model.get_submodule(next(iter(names)))),
         value_projections={index: model.get_submodule(name) for name, index in names.items()},
         names=names,
     )
+
+
+def _has_cache(backbone: nn.Module, architecture: Architecture | None) -> bool:
+    return architecture is None or architecture.has_cache or getattr(backbone.config, "is_decoder", False)
+
+
+def _value_columns(
+    backbone: nn.Module, architecture: Architecture | None, projection: nn.Module
+) -> ValueColumns | None:
+    """Where the values are in a fused projection, whose other columns are queries and keys."""
+    if architecture is None or architecture.fused is None:
+        return None
+    config = backbone.config
+    query_heads = getattr(config, "num_attention_heads", None) or config.num_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // query_heads
+    key_value_heads = (output_size(projection) // head_size - query_heads) // 2
+    if architecture.fused == "by key-value head":
+        return ValueColumns(parts=key_value_heads, columns=head_size)
+    return ValueColumns(parts=1, columns=key_value_heads * head_size)
 
 
 def _select_blocks(stack: BlockStack, config: TopDownConfig) -> BlockStack:
@@ -226,14 +293,9 @@ def _select_blocks(stack: BlockStack, config: TopDownConfig) -> BlockStack:
         )
     projections = {index: stack.value_projections[index] for index in sorted(names.values())}
     for name, index in names.items():
-        if _in_features(projections[index]) is None:
+        if input_size(projections[index]) is None:
             raise ValueError(f"{name} is a {type(projections[index]).__name__}; expected a linear layer.")
     return replace(stack, names=names, value_projections=projections, excluded=excluded)
-
-
-def _in_features(projection: nn.Module) -> int | None:
-    # Not the weight's shape: quantised weights are packed and those of sharded models are empty.
-    return getattr(projection, "in_features", None)
 
 
 def _is_excluded(config: TopDownConfig, name: str) -> bool:

@@ -4,6 +4,9 @@ A `Cache` is a list of layers, one per block. For two passes it gets more of the
 pass 1 for the blocks from `feedback_to` to `feedback_from - 1`. (The blocks below compute the same in both passes and
 those above do not run in pass 1.) Everything that generation does to a cache - reorder, crop, repeat, reset, offload -
 runs over its layers and so serves both passes.
+
+In a decoder with cross-attention this is so for the cache of its self-attention. The keys and values of the encoder's
+states are the same in both passes and kept once.
 """
 
 import copy
@@ -39,6 +42,7 @@ def refuse_two_pass_cache(cache: Cache | None) -> None:
     Raises:
         ValueError: if `cache` holds keys and values of a forward with feedback.
     """
+    cache = _of_self_attention(cache)
     passes = getattr(cache, _ATTRIBUTE, None)
     if passes is None:
         return
@@ -66,28 +70,25 @@ class TwoPassCache:
 
     Raises:
         ValueError: if the cache was filled without feedback or with that of another adapter.
-        NotImplementedError: for the cache of an encoder-decoder model.
     """
 
     def __init__(self, cache: Cache | None, model_config: Any, num_blocks: int, key: tuple[str, int, int]) -> None:
-        if isinstance(cache, EncoderDecoderCache):
-            raise NotImplementedError(
-                "TOAST does not support the cache of encoder-decoder models yet; pass use_cache=False."
-            )
-        self.cache = DynamicCache(config=model_config) if cache is None else cache
-        passes = getattr(self.cache, _ATTRIBUTE, None)
+        self.cache = _new_cache(model_config) if cache is None else cache
+        own = _of_self_attention(self.cache)
+        passes = getattr(own, _ATTRIBUTE, None)
         if passes is None or passes.key != key:
-            passes = _first_use(self.cache, num_blocks, key)
-        self.first_pass = passes.first_pass
-        self.second_pass = self._second_pass(num_blocks, feedback_to=key[2])
+            passes = _first_use(own, num_blocks, key)
+        self.first_pass = self._with_cross_attention(passes.first_pass)
+        self.second_pass = self.cache
+        if key[2] > 0:
+            self.second_pass = self._with_cross_attention(_second_pass(own, num_blocks, feedback_to=key[2]))
 
-    def _second_pass(self, num_blocks: int, feedback_to: int) -> Cache:
-        if feedback_to == 0:
-            return self.cache
-        # Pass 2 takes its positions and masks from the first layers, and must count from where pass 1 began. So it
-        # sees the blocks below `feedback_to`, which it skips, as they are before pass 1 extends them.
-        lower = [_snapshot(layer) for layer in self.cache.layers[:feedback_to]]
-        return _view(self.cache, lower + self.cache.layers[feedback_to:num_blocks])
+    def _with_cross_attention(self, view: Cache) -> Cache:
+        if not isinstance(self.cache, EncoderDecoderCache):
+            return view
+        both = copy.copy(self.cache)  # shares the keys and values of the encoder's states, and which are there
+        both.self_attention_cache = view
+        return both
 
     def restore(self, output: Any) -> Any:
         """The output of pass 2 with the caller's cache in place of what pass 2 saw of it."""
@@ -97,6 +98,25 @@ class TwoPassCache:
             output.past_key_values = self.cache
             return output
         return tuple(self.cache if item is self.second_pass else item for item in output)
+
+
+def _new_cache(model_config: Any) -> Cache:
+    """What transformers makes when it is asked to use a cache and gets none."""
+    cache = DynamicCache(config=model_config)
+    if not getattr(model_config, "is_encoder_decoder", False):
+        return cache
+    return EncoderDecoderCache(cache, DynamicCache(config=model_config))
+
+
+def _of_self_attention(cache: Cache | None) -> Cache | None:
+    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+
+
+def _second_pass(cache: Cache, num_blocks: int, feedback_to: int) -> Cache:
+    # Pass 2 takes its positions and masks from the first layers, and must count from where pass 1 began. So it sees
+    # the blocks below `feedback_to`, which it skips, as they are before pass 1 extends them.
+    lower = [_snapshot(layer) for layer in cache.layers[:feedback_to]]
+    return _view(cache, lower + cache.layers[feedback_to:num_blocks])
 
 
 def _first_use(cache: Cache, num_blocks: int, key: tuple[str, int, int]) -> Passes:

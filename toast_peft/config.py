@@ -123,8 +123,12 @@ class TopDownConfig(PeftConfig):
     backbone_type: str | None = field(
         default=None, metadata={"help": "Model type the adapter was made for. Filled in, not to be set."}
     )
-    num_blocks: int | None = field(
-        default=None, metadata={"help": "Number of blocks the adapter was made for. Filled in, not to be set."}
+    num_blocks: int | list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Number of blocks the adapter was made for, a list if encoder and decoder get feedback. Filled "
+            "in, not to be set."
+        },
     )
     hidden_size: int | None = field(
         default=None, metadata={"help": "Hidden size the adapter was made for. Filled in, not to be set."}

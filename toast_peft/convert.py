@@ -15,7 +15,7 @@ from peft import PeftModel, TaskType, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
-from .block_stack import BlockStack, find_block_stack
+from .block_stack import BlockStack, find_block_stacks
 from .config import TopDownConfig
 from .model import describe_differences
 
@@ -115,7 +115,7 @@ def from_official_checkpoint(
     tensors = _read(checkpoint)
     official = _recognize(tensors)
     config = _official_config(model, tensors, official, config_overrides)
-    stack = find_block_stack(model, config)
+    stack = find_block_stacks(model, config)[0]
     if stack.model_type != official.model_type:
         raise ValueError(
             f"This is an official checkpoint of a {official.model_type!r} model, but the base model is a "

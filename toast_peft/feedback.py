@@ -25,6 +25,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .config import TopDownConfig
+from .value_projection import input_size
 
 NO_MERGE = (
     "TOAST cannot be merged into the base model: the feedback depends on the input, it is not a change of weights. "
@@ -47,7 +48,7 @@ class TopDownLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         # Past nn.Module's registration: the projection must not become a second owner's submodule.
         self.__dict__["value_projection"] = value_projection
-        self.in_features = self.out_features = value_projection.in_features
+        self.in_features = self.out_features = input_size(value_projection)
         self.frozen_peft_weight_names = {}
         self.merged_adapters = []
 

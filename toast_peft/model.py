@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .block_stack import BlockStack, find_block_stack
+from .block_stack import BlockStack, find_block_stacks
 from .config import TopDownConfig
 from .feedback import NO_MERGE, FeedbackPath, TopDownLayer
 from .passes import TwoPasses
@@ -24,7 +24,8 @@ class TopDownModel(BaseTuner):
     """Adapts a frozen model with TOAST (https://arxiv.org/abs/2305.15542).
 
     Made by `get_peft_model(model, TopDownConfig(...))`. All it adds to the model is a `feedback_path`
-    ([`FeedbackPath`]) on the module that owns the blocks; that module then runs twice in each forward.
+    ([`FeedbackPath`]) on the module that owns the blocks; that module then runs twice in each forward. In an
+    encoder-decoder model both stacks have one.
     """
 
     prefix: str = "topdown_"
@@ -42,25 +43,27 @@ class TopDownModel(BaseTuner):
             _undo_injection(model, adapter_name, trainable)
             raise
         if self.peft_config[adapter_name].is_of_saved_adapter:
-            self._stack.backbone.feedback_path.awaiting_weights[adapter_name] = trainable
+            for stack in self._stacks:
+                stack.backbone.feedback_path.awaiting_weights[adapter_name] = trainable
 
     def _prepare_adapter_config(self, peft_config: TopDownConfig, model_config: dict) -> TopDownConfig:
         # Everything that can be wrong with the config is found here, before the model is touched.
-        self._stack = find_block_stack(self.model, peft_config)
-        _check_modules_to_save(self.model, peft_config, self._stack)
-        if peft_config.normalize_features and self._stack.final_norm is None:
-            raise ValueError(
-                f"`normalize_features=True`, but the final norm of {self._stack.model_type!r} is not known; "
-                "leave it at None or False."
-            )
+        self._stacks = find_block_stacks(self.model, peft_config)
+        for stack in self._stacks:
+            _check_modules_to_save(self.model, peft_config, stack)
+            if peft_config.normalize_features and stack.final_norm is None:
+                raise ValueError(
+                    f"`normalize_features=True`, but {stack.model_type!r} has no final norm or it is not known; leave "
+                    "it at None or False."
+                )
         adapter_name = next(name for name, config in self.peft_config.items() if config is peft_config)
-        peft_config = self.peft_config[adapter_name] = _with_base_model_facts(peft_config, self._stack)
+        peft_config = self.peft_config[adapter_name] = _with_base_model_facts(peft_config, self._stacks)
         return peft_config
 
     def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> Any:
-        if key in self._stack.excluded:
+        if any(key in stack.excluded for stack in self._stacks):
             return check_target_module_exists(peft_config, key)  # PEFT's own mark of an excluded module
-        return key in self._stack.names
+        return any(key in stack.names for stack in self._stacks)
 
     def _create_and_replace(
         self,
@@ -73,7 +76,7 @@ class TopDownModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         # Nothing is replaced: the value projection stays what it is, be it quantised or wrapped by another method.
-        stack = self._stack
+        stack = next(stack for stack in self._stacks if current_key in stack.names)
         if not isinstance(getattr(stack.backbone, "feedback_path", None), FeedbackPath):
             top = stack.value_projections[max(stack.value_projections)]
             stack.backbone.feedback_path = FeedbackPath(top)
@@ -83,7 +86,7 @@ class TopDownModel(BaseTuner):
             path.selection.update_layer(adapter_name, peft_config)
         index = stack.names[current_key]
         path.add_block(index, target).update_layer(adapter_name, peft_config)
-        path.passes.add_value_projection(index, target)
+        path.passes.add_value_projection(index, target, stack.value_columns)
 
     # --------------------------------------------------------------------------------------- switching and removing
 
@@ -139,12 +142,12 @@ class TopDownModel(BaseTuner):
         return remapped
 
 
-def _with_base_model_facts(config: TopDownConfig, stack: BlockStack) -> TopDownConfig:
+def _with_base_model_facts(config: TopDownConfig, stacks: list[BlockStack]) -> TopDownConfig:
     """Put into the config what it is for; of a saved adapter, raise if that is another model than this one."""
     facts = {
-        "backbone_type": stack.model_type,
-        "num_blocks": len(stack.blocks),
-        "hidden_size": stack.hidden_size,
+        "backbone_type": stacks[0].model_type,
+        "num_blocks": len(stacks[0].blocks) if len(stacks) == 1 else [len(stack.blocks) for stack in stacks],
+        "hidden_size": stacks[0].hidden_size,
     }
     made_for = {name: getattr(config, name) for name in facts}
     different = [name for name, value in made_for.items() if value is not None and value != facts[name]]

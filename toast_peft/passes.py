@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,18 +26,7 @@ from .block_stack import BlockStack
 from .cache import TwoPassCache, refuse_two_pass_cache
 from .config import TopDownConfig
 from .feedback import FeedbackPath
-
-
-class Feedback(NamedTuple):
-    """What the value projection of the running block has to add.
-
-    Args:
-        td: added to the projection's input. Shape: [b, n, d]
-        double_bias: whether the projection's bias is added once more (official ViT).
-    """
-
-    td: torch.Tensor
-    double_bias: bool
+from .value_projection import Feedback, ValueColumns, ValueHooks
 
 
 @dataclass
@@ -51,7 +40,8 @@ class Run:
         repeat_lower_blocks: run the blocks below `feedback_to` in pass 2 as well, so that something recorded inside of
             them (attentions) is there.
         first_pass: which pass is running.
-        outputs: what the blocks returned in pass 1: those below `feedback_to`, and the last one that ran.
+        outputs: what the blocks below `feedback_to` returned in pass 1.
+        last_output: what the last block that ran in pass 1 returned.
         feedback: for each block index what its value projection adds in pass 2.
     """
 
@@ -61,13 +51,25 @@ class Run:
     repeat_lower_blocks: bool
     first_pass: bool = True
     outputs: dict[int, Any] = field(default_factory=dict)
+    last_output: Any = None
     feedback: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @property
     def features(self) -> torch.Tensor:
         """Hidden states after block `feedback_from - 1`. Shape: [b, n, d]"""
-        output = self.outputs[self.feedback_from - 1]
-        return output[0] if isinstance(output, tuple) else output
+        return self.last_output[0] if isinstance(self.last_output, tuple) else self.last_output
+
+    def keep(self, index: int, output: Any) -> None:
+        """Keep what pass 2 or the feedback path needs of what a block computed in pass 1."""
+        self.last_output = output
+        if index < self.feedback_to:
+            self.outputs[index] = output
+
+    def kept(self, index: int, hidden_states: torch.Tensor) -> Any:
+        """What a block that pass 2 skips returned in pass 1; its input, if the model left it out there (LayerDrop)."""
+        if index in self.outputs:
+            return self.outputs[index]
+        return (hidden_states, *self.last_output[1:]) if isinstance(self.last_output, tuple) else hidden_states
 
 
 class ThreadState(threading.local):
@@ -127,45 +129,6 @@ class ReplacedForward:
                     attributes[name] = type(self.module).forward.__get__(self.module)
 
 
-class ValueHooks:
-    """Hooks on a value projection: `v = W (h + td) + b`.
-
-    Whoever looks at the projection's input with a hook of their own sees `h + td`.
-    """
-
-    def __init__(self, value_projection: nn.Module, state: ThreadState) -> None:
-        self.state = state
-        self.handles = (
-            value_projection.register_forward_pre_hook(self.add_feedback),
-            value_projection.register_forward_hook(self.add_bias_again),
-        )
-
-    def add_feedback(self, module: nn.Module, args: tuple) -> tuple | None:
-        """The projection's arguments with the feedback added to the first one."""
-        feedback = self.state.feedback
-        if feedback is None:
-            return None
-        hidden_states, *others = args
-        td = feedback.td.to(device=hidden_states.device, dtype=hidden_states.dtype)
-        return (hidden_states + td, *others)
-
-    def add_bias_again(self, module: nn.Module, args: tuple, value: torch.Tensor) -> torch.Tensor | None:
-        """Official ViT: `v = W h + b + W td + b`."""
-        feedback = self.state.feedback
-        if feedback is None or not feedback.double_bias:
-            return None
-        self.state.feedback = None
-        try:  # through the module, not from its bias: it may be offloaded, or have none
-            return value + module(torch.zeros_like(args[0][..., :1, :]))
-        finally:
-            self.state.feedback = feedback
-
-    def remove(self) -> None:
-        """Remove the hooks."""
-        for handle in self.handles:
-            handle.remove()
-
-
 class CheckpointWithFeedback:
     """A gradient checkpointing function that hands the feedback to the checkpointed call as a tensor argument.
 
@@ -184,13 +147,14 @@ class CheckpointWithFeedback:
             return function(*args)
         if not torch.is_grad_enabled():  # pass 1 of a frozen model: nothing to recompute
             return function(*args)
-        if torch.compiler.is_compiling():  # the function is traced once, with the feedback, and not run again
-            return self.checkpoint(function, *args)
-        if run is None:
-            return self.checkpoint(functools.partial(self.run, function, False), None, *args)
-        td = None if run.first_pass else run.feedback.get(self.block.index)
-        output = self.checkpoint(functools.partial(self.run, function, run.double_bias), td, *args)
-        self.block.keep_output(run, output)  # with its graph, which the inside of a reentrant checkpoint has not
+        td = None if run is None or run.first_pass else run.feedback.get(self.block.index)
+        double_bias = run is not None and run.double_bias
+        if torch.compiler.is_compiling():  # the function is traced once and not run again; it may not change the state
+            output = self.run(functools.partial(self.checkpoint, function), double_bias, td, *args)
+        else:
+            output = self.checkpoint(functools.partial(self.run, function, double_bias), td, *args)
+        if run is not None and run.first_pass:
+            run.keep(self.block.index, output)  # with its graph, which the inside of a reentrant checkpoint has not
         return output
 
     def run(self, function: Callable, double_bias: bool, td: torch.Tensor | None, *args: Any) -> Any:
@@ -214,15 +178,15 @@ class BlockForward(ReplacedForward):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         run = self.state.run
+        if self.state.in_checkpoint:  # transformers before 5.23 checkpoints the block's call, this forward included
+            return self.original(*args, **kwargs)
         if run is None:
-            # In the backward pass: transformers before 5.23 checkpoints the block's call, this forward included.
-            if not self.state.in_checkpoint:
-                self._check_that_no_feedback_is_missing()
+            self._check_that_no_feedback_is_missing()
             return self.original(*args, **kwargs)
         if run.first_pass:
             return self._first_pass(run, *args, **kwargs)
         if self.is_skipped(run):
-            return run.outputs[self.index]
+            return run.kept(self.index, *args[:1])
         if self.index in run.feedback:
             self.state.feedback = Feedback(run.feedback[self.index], run.double_bias)
         try:
@@ -233,7 +197,7 @@ class BlockForward(ReplacedForward):
     def is_skipped(self, run: Run) -> bool:
         """Whether the running pass does not need this block."""
         if run.first_pass:
-            return self.index >= run.feedback_from
+            return self.index >= run.feedback_from and run.last_output is not None  # unless LayerDrop left out all
         return self.index < run.feedback_to and not run.repeat_lower_blocks
 
     def _check_that_no_feedback_is_missing(self) -> None:
@@ -247,15 +211,10 @@ class BlockForward(ReplacedForward):
     def _first_pass(self, run: Run, *args: Any, **kwargs: Any) -> Any:
         if self.is_skipped(run):
             # Unchanged hidden states in the form a block of this model returns them.
-            return run.outputs[run.feedback_from - 1]
+            return run.last_output
         output = self.original(*args, **kwargs)
-        self.keep_output(run, output)
+        run.keep(self.index, output)
         return output
-
-    def keep_output(self, run: Run, output: Any) -> None:
-        """Keep what pass 1 computed if pass 2 or the feedback path needs it."""
-        if run.first_pass and (self.index < run.feedback_to or self.index == run.feedback_from - 1):
-            run.outputs[self.index] = output
 
     def carry_feedback_through_checkpoints(self) -> None:
         """Wrap the block's checkpointing function; again at each forward, as enabling checkpointing sets a new one."""
@@ -284,6 +243,7 @@ class BackboneForward(ReplacedForward):
         self.not_recorded = {name: False for name in recordings if takes_any or name in parameters}
         super().__init__(stack.backbone, state)
         self.blocks = stack.blocks
+        self.has_cache = stack.has_cache and "past_key_values" in parameters
         self.block_forwards = block_forwards
         self.final_norm_name = stack.final_norm
         self.normalize_features = stack.normalize_features
@@ -297,16 +257,16 @@ class BackboneForward(ReplacedForward):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         kwargs = dict(zip(self.argument_names, args, strict=False)) | kwargs
         adapter_name = self.path.active_adapter
-        outer = self.state.run, self.state.feedback
+        outer = self.state.run, self.state.feedback, self.state.in_checkpoint
         # Also without an adapter: this forward may be called from inside of a pass 2 of the same backbone.
-        self.state.run = self.state.feedback = None
+        self.state.run, self.state.feedback, self.state.in_checkpoint = None, None, False
         try:
             if adapter_name is None:
                 refuse_two_pass_cache(kwargs.get("past_key_values"))
                 return self.original(**kwargs)
             return self._run_twice(adapter_name, kwargs)
         finally:
-            self.state.run, self.state.feedback = outer
+            self.state.run, self.state.feedback, self.state.in_checkpoint = outer
 
     def _run_twice(self, adapter_name: str, kwargs: dict[str, Any]) -> Any:
         for block_forward in self.block_forwards:
@@ -315,7 +275,10 @@ class BackboneForward(ReplacedForward):
         run = self._new_run(config, kwargs)
         cache = self._cache(adapter_name, run, kwargs)
         self._first_pass(run, kwargs if cache is None else kwargs | {"past_key_values": cache.first_pass})
-        run.feedback = self.path(self._features(run, config), adapter_name)
+        if run.last_output is None:  # LayerDrop left out every block: there is nothing to start the feedback from
+            run.repeat_lower_blocks = True
+        else:
+            run.feedback = self.path(self._features(run, config), adapter_name)
         run.first_pass = False
         self.state.run = run
         if cache is None:
@@ -342,7 +305,7 @@ class BackboneForward(ReplacedForward):
                 "TOAST does not run in continuous batching (`generate_batch`), whose paged cache is made for one "
                 "pass. Use `generate`, or disable the adapter."
             )
-        if "past_key_values" not in self.argument_names:
+        if not self.has_cache:
             return None
         cache = kwargs.get("past_key_values")
         if cache is None:
@@ -393,10 +356,10 @@ class TwoPasses:
         self.backbone_forward = BackboneForward(stack, path, self.state, self.block_forwards)
         self.value_hooks: dict[int, ValueHooks] = {}
 
-    def add_value_projection(self, index: int, value_projection: nn.Module) -> None:
+    def add_value_projection(self, index: int, value_projection: nn.Module, columns: ValueColumns | None) -> None:
         """Let the value projection of a block receive feedback."""
         if index not in self.value_hooks:
-            self.value_hooks[index] = ValueHooks(value_projection, self.state)
+            self.value_hooks[index] = ValueHooks(value_projection, columns, self.state)
 
     def remove(self) -> None:
         """Leave the modules as they were."""

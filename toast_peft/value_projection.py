@@ -1,0 +1,122 @@
+"""Adds the feedback to the input of a block's value projection, which may compute queries and keys as well."""
+
+import threading
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+
+class Feedback(NamedTuple):
+    """What the value projection of the running block has to add.
+
+    Args:
+        td: added to the projection's input. Shape: [b, n, d]
+        double_bias: whether the projection's bias is added once more (official ViT).
+    """
+
+    td: torch.Tensor
+    double_bias: bool
+
+
+class ValueColumns(NamedTuple):
+    """Where the values are in the output of a fused projection: at the end of each of some equal parts.
+
+    Args:
+        parts: 1 for queries, keys and values one after the other; the number of key-value heads if interleaved.
+        columns: number of values in each part.
+    """
+
+    parts: int
+    columns: int
+
+    def replace(self, output: torch.Tensor, steered: torch.Tensor) -> torch.Tensor:
+        """The queries and keys of `output` with the values of `steered`. Shape of each: [b, n, all columns]"""
+        of_input, of_steered = (tensor.unflatten(-1, (self.parts, -1)) for tensor in (output, steered))
+        columns = [of_input[..., : -self.columns], of_steered[..., -self.columns :]]
+        return torch.cat(columns, dim=-1).flatten(-2)
+
+
+class ValueHooks:
+    """Hooks on a value projection: `v = W (h + td) + b`.
+
+    Whoever looks at the input of a projection of values only with a hook of their own sees `h + td`. A fused
+    projection runs once on `h` and once on `h + td`, of which the values are taken. It is run through the module, not
+    its weight: that may be quantised, sharded, offloaded or wrapped by another method.
+
+    Args:
+        value_projection: the layer.
+        columns: which of its outputs are values; `None` if all are.
+        state: has the `feedback` of the block that is running in this thread, or `None`.
+    """
+
+    def __init__(self, value_projection: nn.Module, columns: ValueColumns | None, state: threading.local) -> None:
+        self.state = state
+        self.columns = columns
+        if columns is not None:
+            self.handles = [value_projection.register_forward_hook(self.replace_values)]
+            return
+        self.handles = [
+            value_projection.register_forward_pre_hook(self.add_feedback),
+            value_projection.register_forward_hook(self.add_bias_again),
+        ]
+
+    def add_feedback(self, module: nn.Module, args: tuple) -> tuple | None:
+        """The projection's arguments with the feedback added to the first one."""
+        feedback = self.state.feedback
+        if feedback is None:
+            return None
+        hidden_states, *others = args
+        return (_add(hidden_states, feedback.td), *others)
+
+    def replace_values(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
+        """The output of a fused projection with the values of `h + td`."""
+        feedback = self.state.feedback
+        if feedback is None:
+            return None
+        hidden_states, *others = args
+        steered = self._without_feedback(module, _add(hidden_states, feedback.td), *others)
+        if feedback.double_bias:
+            steered = steered + self._bias(module, hidden_states)
+        return self.columns.replace(output, steered)
+
+    def add_bias_again(self, module: nn.Module, args: tuple, value: torch.Tensor) -> torch.Tensor | None:
+        """Official ViT: `v = W h + b + W td + b`."""
+        feedback = self.state.feedback
+        if feedback is None or not feedback.double_bias:
+            return None
+        return value + self._bias(module, args[0])
+
+    def _bias(self, module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self._without_feedback(module, torch.zeros_like(hidden_states[..., :1, :]))
+
+    def _without_feedback(self, module: nn.Module, *args: torch.Tensor) -> torch.Tensor:
+        feedback = self.state.feedback
+        self.state.feedback = None
+        try:
+            return module(*args)
+        finally:
+            self.state.feedback = feedback
+
+    def remove(self) -> None:
+        """Remove the hooks."""
+        for handle in self.handles:
+            handle.remove()
+
+
+def _add(hidden_states: torch.Tensor, td: torch.Tensor) -> torch.Tensor:
+    return hidden_states + td.to(device=hidden_states.device, dtype=hidden_states.dtype)
+
+
+def input_size(value_projection: nn.Module) -> int | None:
+    """Number of channels a linear layer takes, `None` if the module is no linear layer.
+
+    Not read from its weight: quantised weights are packed and those of sharded models are empty.
+    """
+    # `nx` is that of GPT-2's Conv1D, which is a linear layer.
+    return getattr(value_projection, "in_features", getattr(value_projection, "nx", None))
+
+
+def output_size(value_projection: nn.Module) -> int:
+    """Number of channels a linear layer gives."""
+    return getattr(value_projection, "out_features", getattr(value_projection, "nf", None))
