@@ -1,7 +1,7 @@
 """Where the blocks, the value projections and the final norm of each supported model type are.
 
-This is data. A model type is supported when it has a row here; everything else works when the user names the value
-projections with `target_modules`.
+This is data. A model type is supported when it has a row here; every other transformer works when the user names the
+value projections with `target_modules`.
 """
 
 from dataclasses import dataclass
@@ -25,6 +25,22 @@ class Architecture:
     normalize_features: bool
 
 
+@dataclass(frozen=True)
+class ConvolutionalArchitecture:
+    """Names inside the backbone of a ConvNet (`ConvNextModel`, `ResNetModel`, ...).
+
+    Args:
+        stem: path from the backbone to the layers between the image and the first stage.
+        stages: path from the backbone to the `nn.ModuleList` of stages.
+        final_norm: path from the backbone to the norm over the channels that follows the last stage, `None` if there
+            is none. If there is one, the prompt is compared with the features after it, as the official code does.
+    """
+
+    stem: str
+    stages: str
+    final_norm: str | None
+
+
 _VIT = Architecture("layers", "attention.v_proj", "layernorm", normalize_features=True)
 _VISION_TOWER = Architecture("encoder.layers", "self_attn.v_proj", "post_layernorm", normalize_features=True)
 _LLAMA = Architecture("layers", "self_attn.v_proj", "norm", normalize_features=False)
@@ -42,4 +58,14 @@ ARCHITECTURES = {
     "qwen3": _LLAMA,
     "siglip_vision_model": _VISION_TOWER,
     "vit": _VIT,
+}
+
+_CONVNEXT = ConvolutionalArchitecture("embeddings", "encoder.stages", "layernorm")
+_RESNET = ConvolutionalArchitecture("embedder", "encoder.stages", final_norm=None)
+
+CONVOLUTIONAL_ARCHITECTURES = {
+    "convnext": _CONVNEXT,
+    "convnextv2": _CONVNEXT,
+    "regnet": _RESNET,
+    "resnet": _RESNET,
 }

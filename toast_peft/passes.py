@@ -53,6 +53,7 @@ class Run:
         first_pass: which pass is running.
         outputs: what the blocks returned in pass 1: those below `feedback_to`, and the last one that ran.
         feedback: for each block index what its value projection adds in pass 2.
+        input_sizes: in a ConvNet, for each stage the height and width of what its feedback is added to.
     """
 
     feedback_from: int
@@ -62,6 +63,7 @@ class Run:
     first_pass: bool = True
     outputs: dict[int, Any] = field(default_factory=dict)
     feedback: dict[int, torch.Tensor] = field(default_factory=dict)
+    input_sizes: dict[int, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def features(self) -> torch.Tensor:
@@ -223,12 +225,7 @@ class BlockForward(ReplacedForward):
             return self._first_pass(run, *args, **kwargs)
         if self.is_skipped(run):
             return run.outputs[self.index]
-        if self.index in run.feedback:
-            self.state.feedback = Feedback(run.feedback[self.index], run.double_bias)
-        try:
-            return self.original(*args, **kwargs)
-        finally:
-            self.state.feedback = None
+        return self._second_pass(run, *args, **kwargs)
 
     def is_skipped(self, run: Run) -> bool:
         """Whether the running pass does not need this block."""
@@ -251,6 +248,14 @@ class BlockForward(ReplacedForward):
         output = self.original(*args, **kwargs)
         self.keep_output(run, output)
         return output
+
+    def _second_pass(self, run: Run, *args: Any, **kwargs: Any) -> Any:
+        if self.index in run.feedback:
+            self.state.feedback = Feedback(run.feedback[self.index], run.double_bias)
+        try:
+            return self.original(*args, **kwargs)
+        finally:
+            self.state.feedback = None
 
     def keep_output(self, run: Run, output: Any) -> None:
         """Keep what pass 1 computed if pass 2 or the feedback path needs it."""
@@ -315,7 +320,7 @@ class BackboneForward(ReplacedForward):
         run = self._new_run(config, kwargs)
         cache = self._cache(adapter_name, run, kwargs)
         self._first_pass(run, kwargs if cache is None else kwargs | {"past_key_values": cache.first_pass})
-        run.feedback = self.path(self._features(run, config), adapter_name)
+        run.feedback = self._feedback(run, config, adapter_name)
         run.first_pass = False
         self.state.run = run
         if cache is None:
@@ -364,6 +369,9 @@ class BackboneForward(ReplacedForward):
             return True
         unused = {self.path, self.final_norm, *self.blocks[run.feedback_from :]}
         return any(parameter.requires_grad for parameter in _parameters_outside(self.module, unused))
+
+    def _feedback(self, run: Run, config: TopDownConfig, adapter_name: str) -> dict[int, torch.Tensor]:
+        return self.path(self._features(run, config), adapter_name)
 
     def _features(self, run: Run, config: TopDownConfig) -> torch.Tensor:
         normalize = self.normalize_features if config.normalize_features is None else config.normalize_features
