@@ -128,10 +128,3 @@ def test_continuous_batching_is_refused() -> None:
     model = decoder(tf.LlamaForCausalLM, "full").get_base_model()
     with pytest.raises(NotImplementedError, match="continuous batching"):
         model(**inputs_of(model), cache=object())
-
-
-def test_encoder_decoder_cache_is_refused() -> None:
-    model = decoder(tf.LlamaForCausalLM, "full")
-    cache = tf.EncoderDecoderCache(DynamicCache(), DynamicCache())
-    with pytest.raises(NotImplementedError, match="encoder-decoder"):
-        model(**inputs_of(model), past_key_values=cache)

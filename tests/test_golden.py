@@ -36,8 +36,9 @@ class Golden:
         """The transformers model with the recorded weights, in float64."""
         config = json.loads(self.metadata["hf_config"])
         model_class = getattr(transformers, config.pop("model_class"))
-        # The eager attention casts to float32 inside.
-        model = model_class(model_class.config_class(**config, attn_implementation="sdpa"))
+        if model_class._supports_sdpa:  # the eager attention casts to float32 inside
+            config["attn_implementation"] = "sdpa"
+        model = model_class(model_class.config_class(**config))
         model.load_state_dict(self.below("hf/"))
         return model.double()
 
@@ -54,6 +55,11 @@ def vit() -> Golden:
 @pytest.fixture(scope="module")
 def llama() -> Golden:
     return Golden("llama")
+
+
+@pytest.fixture(scope="module")
+def convnext() -> Golden:
+    return Golden("convnext")
 
 
 @pytest.fixture
@@ -84,7 +90,7 @@ def llama_model(golden: Golden, name: str, mode: str) -> PeftModel:
 
 def official_name(name: str, feedback_to: int = 0) -> str:
     """The official name of a trained parameter."""
-    prefix = "enc" if ".vit." in name or "classifier" in name else "model"
+    prefix = "model" if "base_model.model.model." in name else "enc"
     if "classifier" in name:
         return "head.last_layer." + name.rpartition(".")[2]
     if "topdown_prompt" in name:
@@ -112,7 +118,8 @@ def record(model: PeftModel) -> tuple[dict[str, torch.Tensor], dict[int, torch.T
     path = next(module for name, module in model.named_modules() if name.endswith("feedback_path"))
     path.register_forward_hook(lambda module, args, output: feedback.update(output))
     path.selection.register_forward_hook(
-        lambda module, args, output: masks.update(mask=module.mask(args[0], "default"))
+        # A ConvNet gives a third argument, the features that the prompt is compared with.
+        lambda module, args, output: masks.update(mask=module.mask(args[-1 if len(args) > 2 else 0], "default"))
     )
     return masks, feedback
 
@@ -170,6 +177,28 @@ def test_vit_training(vit: Golden, mode: str) -> None:
     check_training(vit, mode, trained(model), lambda: model(**inputs).loss)
 
 
+def convnext_inputs(golden: Golden) -> dict[str, torch.Tensor]:
+    return {"pixel_values": golden.tensors["input/pixel_values"].double(), "labels": golden.tensors["input/labels"]}
+
+
+def test_convnext_forward(convnext: Golden) -> None:
+    model = from_official_checkpoint(convnext.base_model(), convnext.checkpoint(lite=False)).train()
+    masks, feedback = record(model)
+    output = model(**convnext_inputs(convnext), output_hidden_states=True)
+    assert_close(masks["mask"].movedim(-1, 1), convnext.tensors["feedback/mask"])
+    assert sorted(feedback) == [0, 1, 2, 3]
+    for stage, td in feedback.items():
+        assert_close(td, convnext.tensors[f"toast/feedback/td.{stage}"])
+        assert_close(output.hidden_states[1 + stage], convnext.tensors[f"toast/pass2/stage_out.{stage}"])
+    assert_close(output.logits, convnext.tensors["toast/pass2/logits"])
+    assert_close(output.loss, convnext.tensors["toast/train/losses"][0])
+
+
+def test_convnext_training(convnext: Golden) -> None:
+    model = from_official_checkpoint(convnext.base_model(), convnext.checkpoint(lite=False)).train()
+    check_training(convnext, "toast", trained(model), lambda: model(**convnext_inputs(convnext)).loss)
+
+
 def llama_inputs(golden: Golden) -> dict[str, torch.Tensor]:
     return {name: golden.tensors[f"input/{name}"] for name in ("input_ids", "attention_mask")}
 
@@ -211,11 +240,11 @@ def test_llama_training(llama: Golden, mode: str) -> None:
 
 
 @pytest.mark.usefixtures("rms_norm_in_float64")
-@pytest.mark.parametrize("model_name", ["vit", "llama"])
+@pytest.mark.parametrize("model_name", ["vit", "convnext", "llama"])
 def test_gradient_of_the_transform(request: pytest.FixtureRequest, model_name: str) -> None:
     golden = request.getfixturevalue(model_name)
     model = from_official_checkpoint(golden.base_model(), golden.checkpoint(lite=False), trainable_parts=["transform"])
-    if model_name == "vit":
+    if model_name != "llama":
         loss = model(golden.tensors["input/pixel_values"].double(), labels=golden.tensors["input/labels"]).loss
         expected = golden.tensors["toast/extra_grad/enc.top_down_transform"]
     else:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from toast_peft import TopDownConfig
 
-from .models import VIT_AND_LLAMA, inputs_of, loss_of, output_of, steered, tiny_model
+from .models import HIDDEN_SIZE, VIT_AND_LLAMA, inputs_of, loss_of, output_of, steered, tiny_model
 
 # Data type of the base model, and that of autocast. ViT itself cannot mix bfloat16 and float16.
 PRECISIONS = {
@@ -130,7 +130,7 @@ def test_features_of_zeros_are_weighted_zero(dtype: torch.dtype) -> None:
     """A token whose features are all zero has no direction; in low precision the eps of the norm must not vanish."""
     model = mixed_model(VIT_AND_LLAMA[1], dtype, autocast_adapter=False)
     selection = model.base_model.model.model.feedback_path.selection
-    features = torch.randn(1, 3, selection.in_features, dtype=dtype)
+    features = torch.randn(1, 3, HIDDEN_SIZE, dtype=dtype)
     features[:, 1] = 0
     features.requires_grad_()
     selected = selection(features, "default")

@@ -1,7 +1,7 @@
 """Where the blocks, the value projections and the final norm of each supported model type are.
 
-This is data. A model type is supported when it has a row here; everything else works when the user names the value
-projections with `target_modules`.
+This is data. A model type is supported when it has a row here; every other transformer works when the user names the
+value projections with `target_modules`.
 """
 
 from dataclasses import dataclass
@@ -30,6 +30,22 @@ class Architecture:
     normalize_features: bool = False
     fused: Literal["one after the other", "by key-value head"] | None = None
     has_cache: bool = True
+
+
+@dataclass(frozen=True)
+class ConvolutionalArchitecture:
+    """Names inside the backbone of a ConvNet (`ConvNextModel`, `ResNetModel`, ...).
+
+    Args:
+        stem: path from the backbone to the layers between the image and the first stage.
+        stages: path from the backbone to the `nn.ModuleList` of stages.
+        final_norm: path from the backbone to the norm over the channels that follows the last stage, `None` if there
+            is none. If there is one, the prompt is compared with the features after it, as the official code does.
+    """
+
+    stem: str
+    stages: str
+    final_norm: str | None
 
 
 _BERT = Architecture("encoder.layer", "attention.self.value", None, has_cache=False)
@@ -86,4 +102,14 @@ ARCHITECTURES = {
     "vit": _VIT,
     "wav2vec2": _WAV2VEC2,
     "whisper": Architecture("layers", "self_attn.v_proj", "layer_norm"),
+}
+
+_CONVNEXT = ConvolutionalArchitecture("embeddings", "encoder.stages", "layernorm")
+_RESNET = ConvolutionalArchitecture("embedder", "encoder.stages", final_norm=None)
+
+CONVOLUTIONAL_ARCHITECTURES = {
+    "convnext": _CONVNEXT,
+    "convnextv2": _CONVNEXT,
+    "regnet": _RESNET,
+    "resnet": _RESNET,
 }

@@ -52,6 +52,11 @@ class BlockStack:
         """Number of channels of the hidden states."""
         return input_size(next(iter(self.value_projections.values())))
 
+    @property
+    def adapted_names(self) -> list[str]:
+        """Full names of the modules that get another forward or hooks, and so must stay what they are."""
+        return [*self.names, *(f"{self.blocks_name}.{index}" for index in range(len(self.blocks)))]
+
 
 def find_block_stacks(model: nn.Module, config: TopDownConfig) -> list[BlockStack]:
     """Find the blocks and value projections that `config` is about. Touches nothing.

@@ -5,9 +5,10 @@ the Hugging Face model; its classification head is copied where it fits.
 """
 
 import os
+import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,9 +16,10 @@ from peft import PeftModel, TaskType, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
-from .block_stack import BlockStack, find_block_stacks
+from .block_stack import BlockStack
 from .config import TopDownConfig
 from .model import describe_differences
+from .stage_stack import Node, StageStack, find_stacks
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class OfficialModel:
         prefix: what the names of its feedback begin with.
         trained: the parts that its fine-tuning trains.
         trained_lite: the same for Lite.
-        like_vit: start the feedback after the final norm, and add the value bias twice.
+        normalize_features: as in [`TopDownConfig`].
+        double_value_bias: as in [`TopDownConfig`].
         heads: names of heads, which may be of any shape: they are copied or compared only where they fit.
     """
 
@@ -37,7 +40,8 @@ class OfficialModel:
     prefix: str
     trained: tuple[str, ...]
     trained_lite: tuple[str, ...]
-    like_vit: bool
+    normalize_features: bool
+    double_value_bias: bool
     heads: tuple[str, ...]
 
 
@@ -46,15 +50,19 @@ _VIT = OfficialModel(
     prefix="enc",
     trained=("prompt", "linear1", "linear2"),
     trained_lite=("prompt", "transform", "linear1", "linear2"),
-    like_vit=True,
+    normalize_features=True,
+    double_value_bias=True,
     heads=("head.last_layer.weight", "head.last_layer.bias"),
 )
+# Its names begin with "enc" as well; there is no Lite of it.
+_CONVNEXT = replace(_VIT, model_type="convnext", double_value_bias=False)
 _LLAMA = OfficialModel(
     model_type="llama",
     prefix="model",
     trained=("prompt", "linear2"),
     trained_lite=("prompt", "linear1", "linear2"),
-    like_vit=False,
+    normalize_features=False,
+    double_value_bias=False,
     heads=("lm_head.weight",),
 )
 
@@ -74,6 +82,16 @@ _VIT_BLOCK_MODULES = {
     "mlp.fc1": ("mlp.fc1",),
     "mlp.fc2": ("mlp.fc2",),
 }
+# Beginnings of names of a ConvNeXt in transformers -> the official ones. `downsample_layers.0` is the stem.
+_CONVNEXT_NAMES = {
+    r"^embeddings\.patch_embeddings": "enc.downsample_layers.0.0",
+    r"^embeddings\.layernorm": "enc.downsample_layers.0.1",
+    r"^encoder\.stages\.(\d+)\.downsampling_layer": r"enc.downsample_layers.\1",
+    r"^encoder\.stages\.(\d+)\.layers\.(\d+)\.layer_scale_parameter": r"enc.stages.\1.\2.gamma",
+    r"^encoder\.stages\.(\d+)\.layers\.(\d+)\.layernorm": r"enc.stages.\1.\2.norm",
+    r"^encoder\.stages\.(\d+)\.layers": r"enc.stages.\1",
+    r"^layernorm": "enc.norm",
+}
 
 
 def from_official_checkpoint(
@@ -85,11 +103,12 @@ def from_official_checkpoint(
 ) -> PeftModel:
     """Put the feedback of an official TOAST checkpoint onto a Hugging Face model.
 
-    Full and Lite checkpoints of the official ViT (names beginning with `enc.`) and LLaMA (`model.`) are understood.
-    The config is set to what the official code does, for example `double_value_bias=True` for ViT.
+    Full and Lite checkpoints of the official ViT (names beginning with `enc.`) and LLaMA (`model.`) are understood,
+    and those of the official ConvNeXt (`enc.`), of which there is no Lite. The config is set to what the official code
+    does, for example `double_value_bias=True` for ViT.
 
     Args:
-        model: the base model, a ViT or a LLaMA of transformers with the checkpoint's backbone.
+        model: the base model, a ViT, ConvNeXt or LLaMA of transformers with the checkpoint's backbone.
         checkpoint: a state dict, or the path of a .safetensors, .pth, .pt or .bin file.
         lora_merged: Lite only. Official Lite checkpoints that were saved after `eval()` hold feedback layers to which
             the low-rank product has been added already; True takes it off again.
@@ -115,7 +134,7 @@ def from_official_checkpoint(
     tensors = _read(checkpoint)
     official = _recognize(tensors)
     config = _official_config(model, tensors, official, config_overrides)
-    stack = find_block_stacks(model, config)[0]
+    stack = find_stacks(model, config)[0]
     if stack.model_type != official.model_type:
         raise ValueError(
             f"This is an official checkpoint of a {official.model_type!r} model, but the base model is a "
@@ -151,12 +170,15 @@ def _read(checkpoint: Mapping[str, torch.Tensor] | str | os.PathLike) -> dict[st
 
 
 def _recognize(tensors: dict[str, torch.Tensor]) -> OfficialModel:
+    # Its feedback is of the same name as a ViT's.
+    if any(name.startswith("enc.decoders.") and tensor.dim() == 4 for name, tensor in tensors.items()):
+        return _CONVNEXT
     for official in (_VIT, _LLAMA):
         if any(name.startswith(f"{official.prefix}.") for name in tensors):
             return official
     raise ValueError(
-        "This is not a checkpoint of the official TOAST code: no name begins with 'enc.' (ViT) or 'model.' (LLaMA). "
-        f"Its names begin with {sorted({name.split('.')[0] for name in tensors})}."
+        "This is not a checkpoint of the official TOAST code: no name begins with 'enc.' (ViT, ConvNeXt) or "
+        f"'model.' (LLaMA). Its names begin with {sorted({name.split('.')[0] for name in tensors})}."
     )
 
 
@@ -174,8 +196,8 @@ def _official_config(
         "lora_alpha": 1,
         "trainable_parts": list(official.trained_lite if ranks else official.trained),
         "init_weights": False,
-        "normalize_features": official.like_vit,
-        "double_value_bias": official.like_vit,
+        "normalize_features": official.normalize_features,
+        "double_value_bias": official.double_value_bias,
     }
     return TopDownConfig(**options | overrides)
 
@@ -188,10 +210,19 @@ def _feedback_shapes(stack: BlockStack, config: TopDownConfig, prefix: str) -> d
     for index in range(feedback_from - feedback_to):
         for linear in ("linear", "linear2"):
             name = f"{prefix}.decoders.{index}.{linear}"
+            if isinstance(stack, StageStack):
+                shapes[f"{name}.weight"] = _convolution_shape(stack.nodes[feedback_to + index], linear)
+                continue
             shapes[f"{name}.weight"] = (d, d)
             if config.r > 0:
                 shapes |= {f"{name}.lora_A": (config.r, d), f"{name}.lora_B": (d, config.r)}
     return shapes
+
+
+def _convolution_shape(node: Node, linear: str) -> tuple[int, ...]:
+    if linear == "linear":
+        return (node.out_channels, node.in_channels, node.stride, node.stride)
+    return (node.in_channels, node.in_channels, 1, 1)
 
 
 def _backbone_tensors(model: nn.Module, stack: BlockStack, official: OfficialModel) -> dict[str, torch.Tensor]:
@@ -201,6 +232,8 @@ def _backbone_tensors(model: nn.Module, stack: BlockStack, official: OfficialMod
         named = {f"model.{name}": tensor for name, tensor in own.items()}
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         return named if head is None else named | {"lm_head.weight": head.weight.detach()}
+    if official is _CONVNEXT:
+        return {_official_convnext_name(name): tensor for name, tensor in own.items()}
     modules = dict(_VIT_MODULES)
     for index in range(len(stack.blocks)):
         for name, parts in _VIT_BLOCK_MODULES.items():
@@ -211,6 +244,12 @@ def _backbone_tensors(model: nn.Module, stack: BlockStack, official: OfficialMod
             if parts[0] + suffix in own:
                 named[name + suffix] = torch.cat([own[part + suffix] for part in parts])
     return named
+
+
+def _official_convnext_name(name: str) -> str:
+    for beginning, official in _CONVNEXT_NAMES.items():
+        name = re.sub(beginning, official, name)
+    return name
 
 
 def _check_names_and_shapes(

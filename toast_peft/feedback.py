@@ -48,7 +48,6 @@ class TopDownLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         # Past nn.Module's registration: the projection must not become a second owner's submodule.
         self.__dict__["value_projection"] = value_projection
-        self.in_features = self.out_features = input_size(value_projection)
         self.frozen_peft_weight_names = {}
         self.merged_adapters = []
 
@@ -151,29 +150,31 @@ class FeatureSelection(TopDownLayer):
         self.topdown_transform = nn.ModuleDict()
         self.topdown_config: dict[str, TopDownConfig] = {}
 
-    def update_layer(self, adapter_name: str, config: TopDownConfig) -> None:
-        """Create the prompt and the transform of an adapter."""
+    def update_layer(self, adapter_name: str, config: TopDownConfig, hidden_size: int) -> None:
+        """Create the prompt and the transform of an adapter, for features of `hidden_size` channels."""
         self.topdown_config[adapter_name] = config
-        self.topdown_prompt[adapter_name] = Prompt(self.in_features, std=0.02 if config.init_weights else 1.0)
-        self.topdown_transform[adapter_name] = Transform(self.in_features)
+        self.topdown_prompt[adapter_name] = Prompt(hidden_size, std=0.02 if config.init_weights else 1.0)
+        self.topdown_transform[adapter_name] = Transform(hidden_size)
         self._finish_update(adapter_name, config)
 
     def mask(self, features: torch.Tensor, adapter_name: str) -> torch.Tensor:
         """Weight of each token. Shape: [b, n, d] -> [b, n, 1]"""
         return self.topdown_prompt[adapter_name](features)
 
-    def forward(self, features: torch.Tensor, adapter_name: str) -> torch.Tensor:
+    def forward(self, features: torch.Tensor, adapter_name: str, compared: torch.Tensor | None = None) -> torch.Tensor:
         """Select tokens, then channels.
 
         Args:
             features: features of pass 1. Shape: [b, n, d]
+            compared: what the prompt is compared with, if not the features themselves. Shape: [b, n, d]
 
         Returns:
             What the feedback path starts from. Shape: [b, n, d]
         """
         transform = self.topdown_transform[adapter_name]
         features = self._cast_input_dtype(features, transform.weight.dtype)
-        return transform(self.mask(features, adapter_name) * features)
+        compared = features if compared is None else self._cast_input_dtype(compared, transform.weight.dtype)
+        return transform(self.mask(compared, adapter_name) * features)
 
 
 class FeedbackLayer(TopDownLayer):
@@ -182,6 +183,11 @@ class FeedbackLayer(TopDownLayer):
     Formula: `z_l = linear1(z_{l+1})`, `td_l = linear2(z_l)`; both without bias, `[d, d]`. In TOAST-Lite
     (`r > 0`) each is `W + (lora_alpha / r) * B A` with `W` fixed; the identity and the zero that `init_weights=True`
     fixes `linear1` and `linear2` to are not stored.
+
+    Args:
+        value_projection: the layer whose device and dtype new parameters take.
+        in_features: number of channels of what comes from the block above.
+        out_features: number of channels of the feedback and of what the block below gets.
     """
 
     adapter_layer_names = tuple(
@@ -190,8 +196,9 @@ class FeedbackLayer(TopDownLayer):
     other_param_names = ("topdown_dropout", "topdown_scaling")
     parts: ClassVar = {f"{linear}{suffix}": linear for linear in ("linear1", "linear2") for suffix in ("", "_A", "_B")}
 
-    def __init__(self, value_projection: nn.Module) -> None:
+    def __init__(self, value_projection: nn.Module, in_features: int, out_features: int) -> None:
         super().__init__(value_projection)
+        self.in_features, self.out_features = in_features, out_features
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ModuleDict())
         self.topdown_dropout = nn.ModuleDict()
@@ -199,18 +206,26 @@ class FeedbackLayer(TopDownLayer):
 
     def update_layer(self, adapter_name: str, config: TopDownConfig) -> None:
         """Create `linear1` and `linear2` of an adapter, or their low-rank factors and what these are added to."""
-        d, r = self.in_features, config.r
+        d, r = self.out_features, config.r
         if r == 0 or not config.init_weights:
-            self.topdown_linear1[adapter_name] = nn.Linear(d, d, bias=False)
-            self.topdown_linear2[adapter_name] = nn.Linear(d, d, bias=False)
+            self.topdown_linear1[adapter_name] = self._new_linear1(self.in_features)
+            self.topdown_linear2[adapter_name] = self._new_linear(d, d)
         if r > 0:
-            for name in ("topdown_linear1", "topdown_linear2"):
-                getattr(self, f"{name}_A")[adapter_name] = nn.Linear(d, r, bias=False)
-                getattr(self, f"{name}_B")[adapter_name] = nn.Linear(r, d, bias=False)
+            self.topdown_linear1_A[adapter_name] = self._new_linear(self.in_features, r)
+            self.topdown_linear1_B[adapter_name] = self._new_linear1(r)
+            self.topdown_linear2_A[adapter_name] = self._new_linear(d, r)
+            self.topdown_linear2_B[adapter_name] = self._new_linear(r, d)
             self.topdown_scaling[adapter_name] = config.lora_alpha / r
             self.topdown_dropout[adapter_name] = nn.Dropout(config.lora_dropout)
         self.reset_parameters(adapter_name, config.init_weights)
         self._finish_update(adapter_name, config, frozen=("topdown_linear1", "topdown_linear2") if r > 0 else ())
+
+    def _new_linear(self, in_features: int, out_features: int) -> nn.Module:
+        return nn.Linear(in_features, out_features, bias=False)
+
+    def _new_linear1(self, in_features: int) -> nn.Module:
+        """The layer that ends at the block: `linear1` itself, or its factor B."""
+        return self._new_linear(in_features, self.out_features)
 
     @torch.no_grad()
     def reset_parameters(self, adapter_name: str, init_weights: bool) -> None:
@@ -218,15 +233,25 @@ class FeedbackLayer(TopDownLayer):
         if adapter_name in self.topdown_linear1:
             linear1, linear2 = self.topdown_linear1[adapter_name].weight, self.topdown_linear2[adapter_name].weight
             if init_weights:
-                nn.init.eye_(linear1)
+                self._init_identity(linear1)
                 nn.init.zeros_(linear2)
             else:
-                nn.init.normal_(linear1, std=0.02)
+                self._init_random(linear1)
                 nn.init.normal_(linear2, std=0.02)
         for name in ("topdown_linear1", "topdown_linear2"):
             if adapter_name in getattr(self, f"{name}_A"):
                 nn.init.kaiming_uniform_(getattr(self, f"{name}_A")[adapter_name].weight, a=math.sqrt(5))
                 nn.init.zeros_(getattr(self, f"{name}_B")[adapter_name].weight)
+
+    def _init_identity(self, linear1: torch.Tensor) -> None:
+        nn.init.eye_(linear1)
+
+    def _init_random(self, linear1: torch.Tensor) -> None:
+        nn.init.normal_(linear1, std=0.02)
+
+    def _identity(self, z: torch.Tensor) -> torch.Tensor:
+        """What `_init_identity` sets `linear1` to, without weights."""
+        return z
 
     def forward(self, z: torch.Tensor, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """One step down the feedback path.
@@ -241,7 +266,8 @@ class FeedbackLayer(TopDownLayer):
         return z, self._linear2(z, adapter_name)
 
     def _linear1(self, z: torch.Tensor, adapter_name: str) -> torch.Tensor:
-        fixed = self.topdown_linear1[adapter_name](z) if adapter_name in self.topdown_linear1 else z
+        full = self.topdown_linear1[adapter_name] if adapter_name in self.topdown_linear1 else self._identity
+        fixed = full(z)
         if adapter_name not in self.topdown_scaling:
             return fixed
         return fixed + self._low_rank("topdown_linear1", z, adapter_name)
@@ -277,7 +303,8 @@ class FeedbackPath(nn.Module):
     def add_block(self, index: int, value_projection: nn.Module) -> FeedbackLayer:
         """The feedback layer of a block, made if it is not there."""
         if str(index) not in self.layers:
-            self.layers[str(index)] = FeedbackLayer(value_projection)
+            d = input_size(value_projection)
+            self.layers[str(index)] = FeedbackLayer(value_projection, d, d)
         return self.layers[str(index)]
 
     @property
@@ -311,15 +338,15 @@ class FeedbackPath(nn.Module):
         Returns:
             For each block index what is added to the input of its value projection. Shape: [b, n, d]
         """
-        z = self.selection(_to_device_of(self.selection, features), adapter_name)
+        z = self.selection(to_device_of(self.selection, features), adapter_name)
         feedback = {}
         for index in self.blocks_of(adapter_name):
             layer = self.layers[str(index)]
-            z, feedback[index] = layer(_to_device_of(layer, z), adapter_name)
+            z, feedback[index] = layer(to_device_of(layer, z), adapter_name)
         return feedback
 
 
-def _to_device_of(module: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
+def to_device_of(module: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
     """The tensor where the module is; the blocks, and with them the feedback layers, may be on several devices."""
     device = next(module.parameters()).device
     return tensor if device.type == "meta" else tensor.to(device)  # offloaded: the module's own hook will do it

@@ -11,10 +11,13 @@ from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .block_stack import BlockStack, find_block_stacks
+from .block_stack import BlockStack
 from .config import TopDownConfig
+from .convolutional_feedback import ConvolutionalFeedbackPath
 from .feedback import NO_MERGE, FeedbackPath, TopDownLayer
 from .passes import TwoPasses
+from .stage_passes import TwoPassesOverStages
+from .stage_stack import StageStack, find_stacks
 
 # Modules that PEFT itself adds to `modules_to_save` by task type, whether the model has them or not.
 _HEADS_ADDED_BY_PEFT = {"classifier", "score", "qa_outputs"}
@@ -48,7 +51,7 @@ class TopDownModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: TopDownConfig, model_config: dict) -> TopDownConfig:
         # Everything that can be wrong with the config is found here, before the model is touched.
-        self._stacks = find_block_stacks(self.model, peft_config)
+        self._stacks = find_stacks(self.model, peft_config)
         for stack in self._stacks:
             _check_modules_to_save(self.model, peft_config, stack)
             if peft_config.normalize_features and stack.final_norm is None:
@@ -78,12 +81,10 @@ class TopDownModel(BaseTuner):
         # Nothing is replaced: the value projection stays what it is, be it quantised or wrapped by another method.
         stack = next(stack for stack in self._stacks if current_key in stack.names)
         if not isinstance(getattr(stack.backbone, "feedback_path", None), FeedbackPath):
-            top = stack.value_projections[max(stack.value_projections)]
-            stack.backbone.feedback_path = FeedbackPath(top)
-            stack.backbone.feedback_path.passes = TwoPasses(stack, stack.backbone.feedback_path)
+            _add_feedback_path(stack)
         path = stack.backbone.feedback_path
         if adapter_name not in path.selection.topdown_config:
-            path.selection.update_layer(adapter_name, peft_config)
+            path.selection.update_layer(adapter_name, peft_config, stack.hidden_size)
         index = stack.names[current_key]
         path.add_block(index, target).update_layer(adapter_name, peft_config)
         path.passes.add_value_projection(index, target, stack.value_columns)
@@ -168,7 +169,6 @@ def _with_base_model_facts(config: TopDownConfig, stacks: list[BlockStack]) -> T
 
 def _check_modules_to_save(model: nn.Module, config: TopDownConfig, stack: BlockStack) -> None:
     names = [name for name, _ in model.named_modules()]
-    own = [*stack.names, *(f"{stack.blocks_name}.{index}" for index in range(len(stack.blocks)))]
     for wanted in config.modules_to_save or []:
         matched = [name for name in names if name.endswith(wanted)]  # as PEFT does
         if not matched and wanted not in _HEADS_ADDED_BY_PEFT:
@@ -176,9 +176,9 @@ def _check_modules_to_save(model: nn.Module, config: TopDownConfig, stack: Block
                 f"`modules_to_save` names {wanted!r}, but {type(model).__name__} has no such module; its own are "
                 f"{[name for name, _ in model.named_children()]}."
             )
-        if any(f"{name}.".startswith(f"{match}.") for match in matched for name in own):
+        if any(f"{name}.".startswith(f"{match}.") for match in matched for name in stack.adapted_names):
             raise ValueError(
-                f"`modules_to_save` names {wanted!r}, which is or holds a block or a value projection that gets "
+                f"`modules_to_save` names {wanted!r}, which is or holds a block or a module that gets "
                 "feedback; PEFT would copy it and the copy get none. Name modules inside of a block, or fine-tune all."
             )
 
@@ -203,6 +203,16 @@ def _feedback_paths(model: nn.Module) -> Iterator[tuple[nn.Module, FeedbackPath]
         path = module._modules.get("feedback_path")
         if isinstance(path, FeedbackPath):
             yield module, path
+
+
+def _add_feedback_path(stack: BlockStack) -> None:
+    if isinstance(stack, StageStack):
+        path = ConvolutionalFeedbackPath(stack.nodes)
+        path.passes = TwoPassesOverStages(stack, path)
+    else:
+        path = FeedbackPath(stack.value_projections[max(stack.value_projections)])
+        path.passes = TwoPasses(stack, path)
+    stack.backbone.feedback_path = path
 
 
 def _remove_feedback_path(backbone: nn.Module) -> None:

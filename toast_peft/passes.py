@@ -43,6 +43,7 @@ class Run:
         outputs: what the blocks below `feedback_to` returned in pass 1.
         last_output: what the last block that ran in pass 1 returned.
         feedback: for each block index what its value projection adds in pass 2.
+        input_sizes: in a ConvNet, for each stage the height and width of what its feedback is added to.
     """
 
     feedback_from: int
@@ -53,6 +54,7 @@ class Run:
     outputs: dict[int, Any] = field(default_factory=dict)
     last_output: Any = None
     feedback: dict[int, torch.Tensor] = field(default_factory=dict)
+    input_sizes: dict[int, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def features(self) -> torch.Tensor:
@@ -62,7 +64,7 @@ class Run:
     def keep(self, index: int, output: Any) -> None:
         """Keep what pass 2 or the feedback path needs of what a block computed in pass 1."""
         self.last_output = output
-        if index < self.feedback_to:
+        if max(index, 0) < self.feedback_to:  # the stem of a ConvNet, -1, belongs to its stage 0
             self.outputs[index] = output
 
     def kept(self, index: int, hidden_states: torch.Tensor) -> Any:
@@ -187,12 +189,7 @@ class BlockForward(ReplacedForward):
             return self._first_pass(run, *args, **kwargs)
         if self.is_skipped(run):
             return run.kept(self.index, *args[:1])
-        if self.index in run.feedback:
-            self.state.feedback = Feedback(run.feedback[self.index], run.double_bias)
-        try:
-            return self.original(*args, **kwargs)
-        finally:
-            self.state.feedback = None
+        return self._second_pass(run, *args, **kwargs)
 
     def is_skipped(self, run: Run) -> bool:
         """Whether the running pass does not need this block."""
@@ -215,6 +212,14 @@ class BlockForward(ReplacedForward):
         output = self.original(*args, **kwargs)
         run.keep(self.index, output)
         return output
+
+    def _second_pass(self, run: Run, *args: Any, **kwargs: Any) -> Any:
+        if self.index in run.feedback:
+            self.state.feedback = Feedback(run.feedback[self.index], run.double_bias)
+        try:
+            return self.original(*args, **kwargs)
+        finally:
+            self.state.feedback = None
 
     def carry_feedback_through_checkpoints(self) -> None:
         """Wrap the block's checkpointing function; again at each forward, as enabling checkpointing sets a new one."""
@@ -278,7 +283,7 @@ class BackboneForward(ReplacedForward):
         if run.last_output is None:  # LayerDrop left out every block: there is nothing to start the feedback from
             run.repeat_lower_blocks = True
         else:
-            run.feedback = self.path(self._features(run, config), adapter_name)
+            run.feedback = self._feedback(run, config, adapter_name)
         run.first_pass = False
         self.state.run = run
         if cache is None:
@@ -327,6 +332,9 @@ class BackboneForward(ReplacedForward):
             return True
         unused = {self.path, self.final_norm, *self.blocks[run.feedback_from :]}
         return any(parameter.requires_grad for parameter in _parameters_outside(self.module, unused))
+
+    def _feedback(self, run: Run, config: TopDownConfig, adapter_name: str) -> dict[int, torch.Tensor]:
+        return self.path(self._features(run, config), adapter_name)
 
     def _features(self, run: Run, config: TopDownConfig) -> torch.Tensor:
         normalize = self.normalize_features if config.normalize_features is None else config.normalize_features

@@ -1,0 +1,189 @@
+"""Finds the stem and the stages of a ConvNet, and what shape of feedback each of them receives."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from .architectures import CONVOLUTIONAL_ARCHITECTURES, ConvolutionalArchitecture
+from .block_stack import BlockStack, _get, _join, _known_backbones, _model_type, find_block_stacks
+from .config import TopDownConfig
+
+
+@dataclass
+class Node:
+    """A stage as a link of the feedback path; the first one together with the stem.
+
+    Args:
+        convolution: one of its convolutions, whose device and dtype new parameters take.
+        in_channels: channels of its input, to which the feedback is added. Of the first one these are the image's.
+        out_channels: channels of its output.
+        stride: how many times smaller its output is than its input, in height and width.
+    """
+
+    convolution: nn.Conv2d
+    in_channels: int
+    out_channels: int
+    stride: int
+
+
+@dataclass(kw_only=True)
+class StageStack(BlockStack):
+    """The part of a ConvNet that the two passes run over; its blocks are the stages.
+
+    `names` are those of the modules whose input the feedback is added to: the stem for stage 0, else the stage itself.
+
+    Args:
+        stem: the layers between the image and the first stage.
+        stem_name: its full name in the model.
+        nodes: one for each stage.
+        feedback_from: the feedback starts from the output of stage `feedback_from - 1`.
+    """
+
+    stem: nn.Module
+    stem_name: str
+    nodes: list[Node]
+    feedback_from: int
+
+    @property
+    def hidden_size(self) -> int:
+        """Number of channels of the features that the feedback starts from."""
+        return self.nodes[self.feedback_from - 1].out_channels
+
+    @property
+    def adapted_names(self) -> list[str]:
+        """Full names of the modules that get another forward, and so must stay what they are."""
+        return [*super().adapted_names, self.stem_name]
+
+
+def find_stacks(model: nn.Module, config: TopDownConfig) -> list[BlockStack]:
+    """Find what the two passes run over: the stages of a ConvNet, or else the blocks of a transformer.
+
+    Touches nothing.
+
+    Args:
+        model: the model to adapt.
+        config: says which part of it is in the feedback loop.
+
+    Returns:
+        One [`StageStack`] for a ConvNet.
+
+    Raises:
+        ValueError: if there is none or more than one, or if `config` does not fit.
+    """
+    known = _known_convolutional_backbones(model)
+    # Inside of another model, a detector for example, `target_modules` may be about that one's attention.
+    if not known or (config.target_modules is not None and _model_type(model) not in CONVOLUTIONAL_ARCHITECTURES):
+        return find_block_stacks(model, config)
+    several = sorted([*known, *_known_backbones(model)])
+    if len(several) > 1:
+        raise ValueError(
+            f"{type(model).__name__} has several backbones: {several}. Choose a transformer with `target_modules`, or "
+            "adapt the module that holds the ConvNet before it becomes a part of this model."
+        )
+    [(backbone_name, architecture)] = known.items()
+    return [_make_stack(model, backbone_name, architecture, config)]
+
+
+def _known_convolutional_backbones(model: nn.Module) -> dict[str, ConvolutionalArchitecture]:
+    backbones = {}
+    for name, module in model.named_modules():
+        architecture = CONVOLUTIONAL_ARCHITECTURES.get(_model_type(module))
+        if architecture is not None and isinstance(_get(module, architecture.stages), nn.ModuleList):
+            backbones[name] = architecture
+    return backbones
+
+
+def _make_stack(
+    model: nn.Module, backbone_name: str, architecture: ConvolutionalArchitecture, config: TopDownConfig
+) -> StageStack:
+    backbone = model.get_submodule(backbone_name)
+    stages, stem = backbone.get_submodule(architecture.stages), backbone.get_submodule(architecture.stem)
+    stages_name, stem_name = _join(backbone_name, architecture.stages), _join(backbone_name, architecture.stem)
+    _check_config(config)
+    first, last = config.feedback_range(len(stages))
+    names = {f"{stages_name}.{index}" if index > 0 else stem_name: index for index in range(last, first)}
+    return StageStack(
+        backbone=backbone,
+        blocks=stages,
+        blocks_name=stages_name,
+        final_norm=_final_norm(backbone, architecture, config),
+        normalize_features=architecture.final_norm is not None,
+        model_type=_model_type(backbone),
+        has_cache=False,
+        value_columns=None,
+        value_projections={},
+        names=names,
+        stem=stem,
+        stem_name=stem_name,
+        nodes=[_node(stage, stem if index == 0 else None) for index, stage in enumerate(stages)],
+        feedback_from=first,
+    )
+
+
+def _check_config(config: TopDownConfig) -> None:
+    given = [
+        name
+        for name in ("target_modules", "exclude_modules", "layers_to_transform", "double_value_bias")
+        if getattr(config, name) not in (None, False)
+    ]
+    if given:
+        raise ValueError(
+            f"`{given[0]}={getattr(config, given[0])!r}` is about the value projections of a transformer; a ConvNet "
+            "has none. Its stages are found by the model type; choose among them with `feedback_from` and "
+            "`feedback_to`, which count stages."
+        )
+
+
+def _final_norm(backbone: nn.Module, architecture: ConvolutionalArchitecture, config: TopDownConfig) -> str | None:
+    """The path of the final norm where it fits the features, which are those of the last stage."""
+    stages = backbone.get_submodule(architecture.stages)
+    first, _ = config.feedback_range(len(stages))
+    if architecture.final_norm is None or config.normalize_features is False:
+        return architecture.final_norm
+    if first < len(stages):
+        if config.normalize_features:
+            raise ValueError(
+                f"`normalize_features=True`, but the final norm fits the output of the last stage, {len(stages) - 1}, "
+                f"and the feedback starts from stage {first - 1}; leave it at None or False."
+            )
+        return architecture.final_norm
+    if _get(backbone, architecture.final_norm) is None:
+        raise ValueError(
+            f"{type(backbone).__name__} has no final norm {architecture.final_norm!r}, after which the features of a "
+            f"{_model_type(backbone)!r} are compared with the prompt. Pass normalize_features=False to compare them "
+            "as they are."
+        )
+    return architecture.final_norm
+
+
+def _node(stage: nn.Module, stem: nn.Module | None) -> Node:
+    of_stage = list(_convolutions_and_poolings(stage))
+    of_stem = [] if stem is None else list(_convolutions_and_poolings(stem))
+    convolutions = [layer for layer in of_stem + of_stage if isinstance(layer, nn.Conv2d)]
+    return Node(
+        convolution=convolutions[0],
+        in_channels=convolutions[0].in_channels,
+        out_channels=convolutions[-1].out_channels,
+        # A stage makes its input smaller once, a residual branch and its shortcut both; the stem with every layer.
+        stride=math.prod(map(_stride, of_stem)) * max(map(_stride, of_stage)),
+    )
+
+
+def _convolutions_and_poolings(module: nn.Module) -> Iterator[nn.Module]:
+    """In the order of the module's definition, without what other methods have added."""
+    if isinstance(module, BaseTunerLayer):
+        module = module.get_base_layer()
+    elif isinstance(module, AuxiliaryTrainingWrapper):
+        module = module.original_module
+    if isinstance(module, (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)):
+        yield module
+    for child in module.children():
+        yield from _convolutions_and_poolings(child)
+
+
+def _stride(layer: nn.Module) -> int:
+    return max(layer.stride) if isinstance(layer.stride, tuple) else layer.stride
