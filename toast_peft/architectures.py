@@ -48,6 +48,27 @@ class ConvolutionalArchitecture:
     final_norm: str | None
 
 
+@dataclass(frozen=True)
+class HierarchicalArchitecture:
+    """Names inside the backbone of a hierarchical transformer (`SwinModel`, `SegformerModel`, ...).
+
+    Args:
+        stages: path from the backbone to the `nn.ModuleList` of stages.
+        blocks: path from a stage to its `nn.ModuleList` of blocks.
+        value_projection: path from a block to the linear layer that computes the attention's values.
+        final_norm: path from the backbone to the norm that follows the last block, `None` if there is none.
+        arrangement: what the value projections see of the map of tokens: its windows, or the map made smaller.
+        normalize_features: as in `Architecture`; only features of the last stage fit the norm.
+    """
+
+    stages: str
+    blocks: str
+    value_projection: str
+    final_norm: str | None
+    arrangement: Literal["windows", "shrunk"]
+    normalize_features: bool = False
+
+
 _BERT = Architecture("encoder.layer", "attention.self.value", None, has_cache=False)
 _LLAMA = Architecture("layers", "self_attn.v_proj", "norm")
 _QWEN_VISION = Architecture("blocks", "attn.qkv", None, fused="one after the other")
@@ -102,6 +123,17 @@ ARCHITECTURES = {
     "vit": _VIT,
     "wav2vec2": _WAV2VEC2,
     "whisper": Architecture("layers", "self_attn.v_proj", "layer_norm"),
+}
+
+HIERARCHICAL_ARCHITECTURES = {
+    "pvt_v2": HierarchicalArchitecture("encoder.layers", "blocks", "attention.value", None, "shrunk"),
+    "segformer": HierarchicalArchitecture("stages", "blocks", "attention.v_proj", None, "shrunk"),
+    "swin": HierarchicalArchitecture(
+        "encoder.layers", "blocks", "attention.v_proj", "layernorm", "windows", normalize_features=True
+    ),
+    "swinv2": HierarchicalArchitecture(
+        "encoder.layers", "blocks", "attention.self.value", "layernorm", "windows", normalize_features=True
+    ),
 }
 
 _CONVNEXT = ConvolutionalArchitecture("embeddings", "encoder.stages", "layernorm")

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .config import TopDownConfig
 from .feedback import FeedbackLayer, FeedbackPath, to_device_of
 from .stage_stack import Node
 
@@ -104,7 +105,7 @@ class ConvolutionalFeedbackPath(FeedbackPath):
         super().__init__(nodes[-1].convolution)
         self.nodes = nodes
 
-    def add_block(self, index: int, value_projection: nn.Module) -> FeedbackLayer:
+    def add_block(self, index: int, value_projection: nn.Module, config: TopDownConfig) -> FeedbackLayer:
         """The feedback layer of a stage, made if it is not there."""
         if str(index) not in self.layers:
             self.layers[str(index)] = ConvolutionalFeedbackLayer(self.nodes[index])

@@ -300,7 +300,7 @@ class FeedbackPath(nn.Module):
         # Adapters made from a saved config, until their weights are loaded: the parameters that were trainable before.
         self.awaiting_weights: dict[str, set[str]] = {}
 
-    def add_block(self, index: int, value_projection: nn.Module) -> FeedbackLayer:
+    def add_block(self, index: int, value_projection: nn.Module, config: TopDownConfig) -> FeedbackLayer:
         """The feedback layer of a block, made if it is not there."""
         if str(index) not in self.layers:
             d = input_size(value_projection)

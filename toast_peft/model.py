@@ -15,6 +15,9 @@ from .block_stack import BlockStack
 from .config import TopDownConfig
 from .convolutional_feedback import ConvolutionalFeedbackPath
 from .feedback import NO_MERGE, FeedbackPath, TopDownLayer
+from .hierarchical_feedback import HierarchicalFeedbackPath
+from .hierarchical_passes import TwoPassesOverHierarchy
+from .hierarchical_stack import HierarchicalStack
 from .passes import TwoPasses
 from .stage_passes import TwoPassesOverStages
 from .stage_stack import StageStack, find_stacks
@@ -86,7 +89,7 @@ class TopDownModel(BaseTuner):
         if adapter_name not in path.selection.topdown_config:
             path.selection.update_layer(adapter_name, peft_config, stack.hidden_size)
         index = stack.names[current_key]
-        path.add_block(index, target).update_layer(adapter_name, peft_config)
+        path.add_block(index, target, peft_config).update_layer(adapter_name, peft_config)
         path.passes.add_value_projection(index, target, stack.value_columns)
 
     # --------------------------------------------------------------------------------------- switching and removing
@@ -209,6 +212,9 @@ def _add_feedback_path(stack: BlockStack) -> None:
     if isinstance(stack, StageStack):
         path = ConvolutionalFeedbackPath(stack.nodes)
         path.passes = TwoPassesOverStages(stack, path)
+    elif isinstance(stack, HierarchicalStack):
+        path = HierarchicalFeedbackPath(stack)
+        path.passes = TwoPassesOverHierarchy(stack, path)
     else:
         path = FeedbackPath(stack.value_projections[max(stack.value_projections)])
         path.passes = TwoPasses(stack, path)

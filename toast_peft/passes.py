@@ -43,7 +43,7 @@ class Run:
         outputs: what the blocks below `feedback_to` returned in pass 1.
         last_output: what the last block that ran in pass 1 returned.
         feedback: for each block index what its value projection adds in pass 2.
-        input_sizes: in a ConvNet, for each stage the height and width of what its feedback is added to.
+        input_sizes: where feedback is a map, for each block or stage the height and width of its input.
     """
 
     feedback_from: int
@@ -71,6 +71,10 @@ class Run:
         """What a block that pass 2 skips returned in pass 1; its input, if the model left it out there (LayerDrop)."""
         if index in self.outputs:
             return self.outputs[index]
+        return self.in_form_of_blocks(hidden_states)
+
+    def in_form_of_blocks(self, hidden_states: torch.Tensor) -> Any:
+        """Hidden states as a block of this model returns them."""
         return (hidden_states, *self.last_output[1:]) if isinstance(self.last_output, tuple) else hidden_states
 
 

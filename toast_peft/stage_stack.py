@@ -9,8 +9,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .architectures import CONVOLUTIONAL_ARCHITECTURES, ConvolutionalArchitecture
-from .block_stack import BlockStack, _get, _join, _known_backbones, _model_type, find_block_stacks
+from .block_stack import BlockStack, _get, _join, _known_backbones, _model_type
 from .config import TopDownConfig
+from .hierarchical_stack import find_transformer_stacks
 
 
 @dataclass
@@ -77,7 +78,7 @@ def find_stacks(model: nn.Module, config: TopDownConfig) -> list[BlockStack]:
     known = _known_convolutional_backbones(model)
     # Inside of another model, a detector for example, `target_modules` may be about that one's attention.
     if not known or (config.target_modules is not None and _model_type(model) not in CONVOLUTIONAL_ARCHITECTURES):
-        return find_block_stacks(model, config)
+        return find_transformer_stacks(model, config)
     several = sorted([*known, *_known_backbones(model)])
     if len(several) > 1:
         raise ValueError(

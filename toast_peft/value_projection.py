@@ -1,6 +1,7 @@
 """Adds the feedback to the input of a block's value projection, which may compute queries and keys as well."""
 
 import threading
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -48,10 +49,18 @@ class ValueHooks:
         value_projection: the layer.
         columns: which of its outputs are values; `None` if all are.
         state: has the `feedback` of the block that is running in this thread, or `None`.
+        arrange: brings the feedback into the shape of the projection's input, where that is another one.
     """
 
-    def __init__(self, value_projection: nn.Module, columns: ValueColumns | None, state: threading.local) -> None:
+    def __init__(
+        self,
+        value_projection: nn.Module,
+        columns: ValueColumns | None,
+        state: threading.local,
+        arrange: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
         self.state = state
+        self.arrange = arrange
         self.columns = columns
         if columns is not None:
             self.handles = [value_projection.register_forward_hook(self.replace_values)]
@@ -67,7 +76,7 @@ class ValueHooks:
         if feedback is None:
             return None
         hidden_states, *others = args
-        return (_add(hidden_states, feedback.td), *others)
+        return (self._sum(hidden_states, feedback.td), *others)
 
     def replace_values(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
         """The output of a fused projection with the values of `h + td`."""
@@ -75,7 +84,7 @@ class ValueHooks:
         if feedback is None:
             return None
         hidden_states, *others = args
-        steered = self._without_feedback(module, _add(hidden_states, feedback.td), *others)
+        steered = self._without_feedback(module, self._sum(hidden_states, feedback.td), *others)
         if feedback.double_bias:
             steered = steered + self._bias(module, hidden_states)
         return self.columns.replace(output, steered)
@@ -86,6 +95,10 @@ class ValueHooks:
         if feedback is None or not feedback.double_bias:
             return None
         return value + self._bias(module, args[0])
+
+    def _sum(self, hidden_states: torch.Tensor, td: torch.Tensor) -> torch.Tensor:
+        td = td if self.arrange is None else self.arrange(td, hidden_states)
+        return hidden_states + td.to(device=hidden_states.device, dtype=hidden_states.dtype)
 
     def _bias(self, module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
         return self._without_feedback(module, torch.zeros_like(hidden_states[..., :1, :]))
@@ -102,10 +115,6 @@ class ValueHooks:
         """Remove the hooks."""
         for handle in self.handles:
             handle.remove()
-
-
-def _add(hidden_states: torch.Tensor, td: torch.Tensor) -> torch.Tensor:
-    return hidden_states + td.to(device=hidden_states.device, dtype=hidden_states.dtype)
 
 
 def input_size(value_projection: nn.Module) -> int | None:
