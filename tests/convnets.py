@@ -28,6 +28,7 @@ MODELS: dict[type, tuple[type, dict[str, Any], dict[str, Any]]] = {
     tf.ConvNextModel: (tf.ConvNextConfig, _WIDTHS, {}),
     tf.ConvNextBackbone: (tf.ConvNextConfig, _WIDTHS | _OUT, {"normalize_features": False}),
     tf.ConvNextV2ForImageClassification: (tf.ConvNextV2Config, _WIDTHS, {}),
+    tf.ConvNextV2Backbone: (tf.ConvNextV2Config, _WIDTHS | _OUT, {"normalize_features": False}),
     tf.ResNetForImageClassification: (tf.ResNetConfig, _RESNET, {}),
     tf.ResNetModel: (tf.ResNetConfig, _RESNET | {"layer_type": "basic", "downsample_in_first_stage": True}, {}),
     tf.ResNetBackbone: (tf.ResNetConfig, _RESNET | _OUT, {}),
