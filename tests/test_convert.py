@@ -1,5 +1,7 @@
 """`from_official_checkpoint`: what it accepts, refuses and leaves alone."""
 
+import warnings
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,11 @@ from .test_golden import Golden, assert_close
 @pytest.fixture(scope="module")
 def vit() -> Golden:
     return Golden("vit")
+
+
+@pytest.fixture(scope="module")
+def convnext() -> Golden:
+    return Golden("convnext")
 
 
 @pytest.fixture(scope="module")
@@ -150,10 +157,12 @@ def test_a_decoder_is_expected_for_every_block_of_the_range(llama: Golden) -> No
     assert torch.isfinite(llama_logits(model, llama)).all()
 
 
-def test_another_kind_of_model_is_refused(vit: Golden, llama: Golden) -> None:
-    for golden, base in ((vit, llama.base_model()), (llama, vit.base_model())):
+def test_another_kind_of_model_is_refused(vit: Golden, convnext: Golden, llama: Golden) -> None:
+    message = "official checkpoint of a '(vit|convnext|llama)' model, but the base model is a"
+    for golden, other in permutations((vit, convnext, llama), 2):
+        base = other.base_model()
         before = snapshot(base)
-        with pytest.raises(ValueError, match="official checkpoint of a '(vit|llama)' model, but the base model is a"):
+        with pytest.raises(ValueError, match=message):
             from_official_checkpoint(base, golden.checkpoint(lite=False))
         assert_untouched(base, before)
     with pytest.raises(ValueError, match="not a checkpoint of the official TOAST code"):
@@ -165,6 +174,60 @@ def test_another_backbone_is_noticed(llama: Golden) -> None:
     torch.nn.init.ones_(base.model.layers[2].mlp.up_proj.weight)
     with pytest.warns(UserWarning, match="differs from the base model in 1 tensors.*model.layers.2.mlp.up_proj"):
         from_official_checkpoint(base, llama.checkpoint(lite=False))
+
+
+# ------------------------------------------------------------------------------------------------------- ConvNeXt
+
+
+def test_convnext_config(convnext: Golden) -> None:
+    config = from_official_checkpoint(convnext.base_model(), convnext.checkpoint(lite=False)).peft_config["default"]
+    assert (config.r, config.double_value_bias, config.normalize_features) == (0, False, True)
+    assert (config.backbone_type, config.num_blocks, config.hidden_size) == ("convnext", 4, 96)
+    assert config.trainable_parts == ["prompt", "linear1", "linear2"]
+    assert config.modules_to_save == ["classifier"]
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "feedback alone"])
+def test_convnext_saved_and_loaded(convnext: Golden, tmp_path: Path, whole: bool) -> None:
+    names = ("prompt", "top_down_transform", "decoders") if not whole else ("",)
+    checkpoint = {k: v for k, v in convnext.checkpoint(lite=False).items() if any(name in k for name in names)}
+    torch.save({"model": checkpoint}, tmp_path / "official.pth")
+    from_official_checkpoint(convnext.base_model(), tmp_path / "official.pth").save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(convnext.base_model(), tmp_path)
+    assert_close(vit_logits(loaded, convnext), convnext.tensors["toast/pass2/logits"])
+
+
+def test_convnext_backbone_is_compared_tensor_by_tensor(convnext: Golden) -> None:
+    checkpoint = convnext.checkpoint(lite=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        from_official_checkpoint(convnext.base_model(), checkpoint)
+    own = ("enc.prompt", "enc.top_down_transform", "enc.decoders", "head")
+    backbone = {name: tensor for name, tensor in checkpoint.items() if not name.startswith(own)}
+    assert len(backbone) == len(convnext.base_model().convnext.state_dict()) == 63
+    changed = checkpoint | {name: tensor + 1 for name, tensor in backbone.items()}
+    with pytest.warns(UserWarning, match="differs from the base model in 63 tensors"):
+        from_official_checkpoint(convnext.base_model(), changed)
+
+
+def test_convnext_misfits_are_in_one_message(convnext: Golden) -> None:
+    checkpoint = convnext.checkpoint(lite=False)
+    del checkpoint["enc.decoders.1.linear.weight"]
+    checkpoint["enc.decoders.0.linear.weight"] = torch.zeros(16, 3, 2, 2)
+    checkpoint["enc.decoders.2.linear2.lora_A"] = torch.zeros(4, 64)
+    checkpoint["enc.stages.0.0.gamma"] = torch.zeros(8)
+    base = convnext.base_model()
+    before = snapshot(base)
+    with pytest.raises(ValueError, match="does not fit") as error:
+        from_official_checkpoint(base, checkpoint)
+    for part in (
+        "missing: enc.decoders.1.linear.weight",
+        "unexpected: enc.decoders.2.linear2.lora_A",
+        "enc.decoders.0.linear.weight has shape [16, 3, 2, 2], expected [16, 3, 4, 4]",
+        "enc.stages.0.0.gamma has shape [8], expected [16]",
+    ):
+        assert part in str(error.value)
+    assert_untouched(base, before)
 
 
 def merged(checkpoint: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

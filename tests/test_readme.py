@@ -9,7 +9,7 @@ from peft import get_peft_model
 from transformers import ViTConfig, ViTForImageClassification
 
 from toast_peft import TopDownConfig
-from toast_peft.architectures import ARCHITECTURES
+from toast_peft.architectures import ARCHITECTURES, CONVOLUTIONAL_ARCHITECTURES, HIERARCHICAL_ARCHITECTURES
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
@@ -38,6 +38,14 @@ def supported_models() -> str:
         values = f"`{row.value_projection}`" + (" (fused)" if row.fused else "")
         start = f"after `{row.final_norm}`" if row.normalize_features else "after the last block"
         rows.setdefault((values, start), []).append(f"`{model_type}`")
+    for model_type, row in sorted(HIERARCHICAL_ARCHITECTURES.items()):
+        start = f"after `{row.final_norm}`" if row.normalize_features else "after the last block"
+        rows.setdefault((f"`{row.value_projection}`, through all stages", start), []).append(f"`{model_type}`")
+    for model_type, row in sorted(CONVOLUTIONAL_ARCHITECTURES.items()):
+        compared = f", compared after `{row.final_norm}`" if row.final_norm else ""
+        rows.setdefault(("ConvNet: input of each stage", f"after the last stage{compared}"), []).append(
+            f"`{model_type}`"
+        )
     lines = [f"| {', '.join(types)} | {values} | {start} |" for (values, start), types in rows.items()]
     head = ["| model type | value projection in a block | feedback starts |", "|---|---|---|"]
     return "\n".join([*head, *lines])

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
-from .architectures import ARCHITECTURES, Architecture
+from .architectures import ARCHITECTURES, CONVOLUTIONAL_ARCHITECTURES, Architecture
 from .config import TopDownConfig
 from .value_projection import ValueColumns, input_size, output_size
 
@@ -112,7 +112,8 @@ def _stacks_by_model_type(model: nn.Module, known: dict[str, Architecture]) -> l
     if not known:
         raise ValueError(
             f"TOAST does not know where the value projections of {type(model).__name__} (model type "
-            f"{_model_type(model)!r}) are. Known model types: {', '.join(sorted(ARCHITECTURES))}. For any other model "
+            f"{_model_type(model)!r}) are. Known model types: "
+            f"{', '.join(sorted([*ARCHITECTURES, *CONVOLUTIONAL_ARCHITECTURES]))}. For any other transformer "
             "name them with `target_modules`, one linear layer in each block that computes only the attention's "
             "values, for example target_modules=['v_proj'] or a regular expression."
         )

@@ -17,6 +17,8 @@ class TopDownConfig(PeftConfig):
     its channels go through a learned linear map, the *transform*. A chain of linear layers carries the result from the
     last block to the first: `linear1` of a block passes it on downwards, `linear2` turns it into what is added to the
     input of that block's value projection when the model runs a second time. The second output is the result.
+    In a ConvNet the blocks are the stages, and the feedback is added to the input of the stage; for the first one, to
+    the image.
 
     Which parts the official code trains, as `trainable_parts`:
 
@@ -33,13 +35,15 @@ class TopDownConfig(PeftConfig):
         lora_alpha: the low-rank product is scaled by `lora_alpha / r`. The official code uses `lora_alpha=1`, `r=4`.
         lora_dropout: dropout on the input of the low-rank product.
         feedback_from: the feedback starts from the output of block `feedback_from - 1`; later blocks run only in the
-            second pass. A block index, or a fraction of the depth as a float. Default: the last block.
+            second pass. A block index (in a ConvNet, of a stage), or a fraction of the depth as a float. Default: the
+            last block.
         feedback_to: the feedback reaches down to block `feedback_to`; earlier blocks run only in the first pass. A
             block index, or a fraction of the depth as a float. A forward costs
             `(feedback_from + L - feedback_to) / L` times that of the base model with its `L` blocks.
         trainable_parts: which of "prompt", "transform", "linear1" and "linear2" are trained. Default: all.
-        init_weights: True starts as an exact no-op (`linear1` identity, `linear2` zero). False is the random
-            initialisation of the official code, from which the adapted output differs from the base model's.
+        init_weights: True starts as an exact no-op (`linear1` identity, in a ConvNet the nearest to it, and `linear2`
+            zero). False is the random initialisation of the official code, from which the adapted output differs from
+            the base model's.
         target_modules: names or a regular expression of the value projections, one in each block. Found by the model
             type when not given.
         exclude_modules: names or a regular expression of value projections to leave alone.
@@ -48,7 +52,9 @@ class TopDownConfig(PeftConfig):
         modules_to_save: modules besides the feedback that are trained and saved, for example a new classifier.
         trainable_token_indices: indices of tokens whose embeddings are trained too, as in `LoraConfig`.
         normalize_features: whether the feedback starts from the features after the model's final norm. Default: by the
-            model type (yes for ViT-like models, no for LLaMA-like models).
+            model type (yes for ViT-like models, no for LLaMA-like models). In a ConvNet it is about what the prompt is
+            compared with; the feedback itself starts from the features as they are. There the default is yes if the
+            model has a final norm and the feedback starts from its last stage, which is the one the norm fits.
         double_value_bias: add the bias of the value projection once more in the second pass, as the official ViT code
             does. Needed for converted official checkpoints; it makes the output differ from the base model's even when
             the feedback is zero.

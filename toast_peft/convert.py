@@ -134,7 +134,8 @@ def from_official_checkpoint(
     tensors = _read(checkpoint)
     official = _recognize(tensors)
     config = _official_config(model, tensors, official, config_overrides)
-    stack = find_stacks(model, config)[0]
+    # Without what a ConvNet refuses: that a ViT's checkpoint does not belong on one is said below.
+    stack = find_stacks(model, replace(config, double_value_bias=False))[0]
     if stack.model_type != official.model_type:
         raise ValueError(
             f"This is an official checkpoint of a {official.model_type!r} model, but the base model is a "

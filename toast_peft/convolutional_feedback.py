@@ -86,7 +86,7 @@ class ConvolutionalFeedbackLayer(FeedbackLayer):
 
     def _fit(self, z: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         missing = [wanted - found for wanted, found in zip(size, z.shape[-2:], strict=True)]
-        if max(map(abs, missing)) >= self.stride:
+        if max(map(abs, missing)) > self.stride:
             raise RuntimeError(
                 f"Feedback of the size {list(z.shape[-2:])} has to be added to an input of the size {list(size)}: the "
                 f"stage does not have the stride {self.stride} that its convolutions have. TOAST does not support it."

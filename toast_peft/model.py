@@ -108,6 +108,11 @@ class TopDownModel(BaseTuner):
             _remove_feedback_path(backbone)
         return super()._unload_and_optionally_merge(merge, *args, **kwargs)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # When unloading, for what `modules_to_save` has wrapped. PEFT's own also copies `weight`, which an
+        # nn.Sequential, as the classifier of a ResNet, does not have.
+        setattr(parent, child_name, new_module)
+
     def _check_merge_allowed(self) -> None:
         raise NotImplementedError(NO_MERGE)
 

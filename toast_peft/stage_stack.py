@@ -140,25 +140,23 @@ def _check_config(config: TopDownConfig) -> None:
 
 
 def _final_norm(backbone: nn.Module, architecture: ConvolutionalArchitecture, config: TopDownConfig) -> str | None:
-    """The path of the final norm where it fits the features, which are those of the last stage."""
-    stages = backbone.get_submodule(architecture.stages)
-    first, _ = config.feedback_range(len(stages))
-    if architecture.final_norm is None or config.normalize_features is False:
+    """The path of the final norm, after which the features are compared with the prompt."""
+    num_stages = len(backbone.get_submodule(architecture.stages))
+    first, _ = config.feedback_range(num_stages)
+    if config.normalize_features and first < num_stages:
+        raise ValueError(
+            f"`normalize_features=True`, but the final norm fits the output of the last stage, {num_stages - 1}, and "
+            f"the feedback starts from stage {first - 1}; leave it at None or False."
+        )
+    if architecture.final_norm is None or _get(backbone, architecture.final_norm) is not None:
         return architecture.final_norm
-    if first < len(stages):
-        if config.normalize_features:
-            raise ValueError(
-                f"`normalize_features=True`, but the final norm fits the output of the last stage, {len(stages) - 1}, "
-                f"and the feedback starts from stage {first - 1}; leave it at None or False."
-            )
-        return architecture.final_norm
-    if _get(backbone, architecture.final_norm) is None:
+    if config.normalize_features is not False and first == num_stages:
         raise ValueError(
             f"{type(backbone).__name__} has no final norm {architecture.final_norm!r}, after which the features of a "
             f"{_model_type(backbone)!r} are compared with the prompt. Pass normalize_features=False to compare them "
             "as they are."
         )
-    return architecture.final_norm
+    return None
 
 
 def _node(stage: nn.Module, stem: nn.Module | None) -> Node:
