@@ -12,6 +12,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from toast_peft import from_official_checkpoint
+from toast_peft.config import OFFICIAL_STAGES
 
 FIXTURES = Path(__file__).parent / "fixtures"
 VIT_MODES = ("toast", "toast-lite")
@@ -237,6 +238,46 @@ def test_llama_training(llama: Golden, mode: str) -> None:
     model = llama_model(llama, "full", mode)
     inputs, labels = llama_inputs(llama), llama.tensors["input/labels"]
     check_training(llama, f"full/{mode}", trained(model), lambda: cross_entropy(model(**inputs).logits, labels))
+
+
+@pytest.mark.usefixtures("rms_norm_in_float64")
+@pytest.mark.parametrize("name", LLAMA_RANGES)
+def test_llama_pretuning(llama: Golden, name: str) -> None:
+    """With the variational loss: total loss, gradients, and for all blocks five steps."""
+    feedback_from, feedback_to = LLAMA_RANGES[name]
+    stage = OFFICIAL_STAGES["llama-pretuning"] | {"feedback_from": feedback_from, "feedback_to": feedback_to}
+    model = from_official_checkpoint(llama.base_model(), llama.checkpoint(lite=False), **stage).train()
+    labels = llama.tensors["input/labels"]
+
+    def loss_function() -> torch.Tensor:
+        return cross_entropy(model(**llama_inputs(llama)).logits, labels) + model.variational_loss()
+
+    loss = loss_function()
+    assert_close(loss, llama.tensors[f"{name}/pretune/loss"])
+    loss.backward()
+    parameters = trained(model, feedback_to)
+    assert set(parameters) == set(llama.below(f"{name}/pretune/train/grad/"))
+    gradients = {name: parameter.grad for name, parameter in parameters.items()}
+    check_tensors(gradients, llama, f"{name}/pretune", "grad")
+    if name == "full":
+        check_training(llama, "full/pretune", parameters, loss_function)
+
+
+@pytest.mark.usefixtures("rms_norm_in_float64")
+@pytest.mark.parametrize(
+    ("model_name", "mode", "weight"),
+    [("vit", "toast", 0.1), ("vit", "toast-lite", 0.1), ("convnext", "toast", 0.01)]
+    + [("llama", mode, 0.01) for mode in ("full/topdown", "full/topdown-lora")],
+)
+def test_variational_loss(request: pytest.FixtureRequest, model_name: str, mode: str, weight: float) -> None:
+    golden = request.getfixturevalue(model_name)
+    checkpoint = golden.checkpoint(lite="lite" in mode or "lora" in mode)
+    model = from_official_checkpoint(golden.base_model(), checkpoint, variational_weight=weight).train()
+    if model_name == "llama":
+        model(**llama_inputs(golden))
+    else:
+        model(golden.tensors["input/pixel_values"].double())
+    assert_close(model.variational_loss(), golden.tensors[f"{mode}/var_loss"])
 
 
 @pytest.mark.usefixtures("rms_norm_in_float64")

@@ -4,12 +4,12 @@ Importing the package registers the method; from then on `TopDownConfig` works w
 adapters load with `PeftModel.from_pretrained`.
 """
 
-from .config import TopDownConfig
+from .config import OFFICIAL_STAGES, TopDownConfig
 from .convert import from_official_checkpoint
 from .model import TopDownModel
 from .registration import register
 
 __version__ = "0.1.0"
-__all__ = ["TopDownConfig", "TopDownModel", "from_official_checkpoint"]
+__all__ = ["OFFICIAL_STAGES", "TopDownConfig", "TopDownModel", "from_official_checkpoint"]
 
 register(TopDownConfig, TopDownModel)

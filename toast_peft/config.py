@@ -2,11 +2,23 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from peft import PeftConfig
 from peft.utils import PeftType
 
 TRAINABLE_PARTS = ("prompt", "transform", "linear1", "linear2")
+
+# How the official code trains each of its stages. It has no pre-tuning for ViT; the weight is that in its `var_loss`.
+OFFICIAL_STAGES = {
+    "vit-pretuning": {"trainable_parts": ["prompt", "linear1", "linear2"], "variational_weight": 0.1},
+    "vit-tuning": {"trainable_parts": ["prompt", "linear1", "linear2"]},
+    "vit-lite": {"trainable_parts": ["prompt", "transform", "linear1", "linear2"], "r": 4, "lora_alpha": 1},
+    "convnext-tuning": {"trainable_parts": ["prompt", "linear1", "linear2"]},
+    "llama-pretuning": {"trainable_parts": ["prompt", "linear1", "linear2"], "variational_weight": 0.01},
+    "llama-tuning": {"trainable_parts": ["prompt", "linear2"]},
+    "llama-lite": {"trainable_parts": ["prompt", "linear1", "linear2"], "r": 4, "lora_alpha": 1},
+}
 
 
 @dataclass
@@ -20,14 +32,7 @@ class TopDownConfig(PeftConfig):
     In a ConvNet the blocks are the stages, and the feedback is added to the input of the stage; for the first one, to
     the image.
 
-    Which parts the official code trains, as `trainable_parts`:
-
-    | stage | `r` | `trainable_parts` |
-    |---|---|---|
-    | ViT tuning; LLaMA pre-tuning | 0 | `["prompt", "linear1", "linear2"]` |
-    | ViT tuning, Lite | 4 | `["prompt", "transform", "linear1", "linear2"]` |
-    | LLaMA tuning | 0 | `["prompt", "linear2"]` |
-    | LLaMA tuning, Lite | 4 | `["prompt", "linear1", "linear2"]` |
+    `TopDownConfig.official_stage("vit-tuning")` trains what the official code trains; `OFFICIAL_STAGES` lists all.
 
     Args:
         r: rank of the feedback layers. 0 trains full `d x d` matrices; above 0 (TOAST-Lite) each is a fixed matrix
@@ -58,6 +63,13 @@ class TopDownConfig(PeftConfig):
         double_value_bias: add the bias of the value projection once more in the second pass, as the official ViT code
             does. Needed for converted official checkpoints; it makes the output differ from the base model's even when
             the feedback is zero.
+        variational_weight: how much the variational loss counts in training: the mean squared difference between the
+            input of a block and `linear1` of its output, summed over the blocks. It is added to `outputs.loss`; where
+            the loss is computed outside of the model, add `model.variational_loss()` to it. For pre-tuning; the
+            official code uses 0.1 for ViT and 0.01 for LLaMA and ConvNeXt. Default: 0, not computed.
+        variational_ignore_padding: leave tokens with `attention_mask` 0 out of it. The official code does not.
+        pretrained_feedback: path or Hub id of a saved TOAST adapter to start from instead of `init_weights`; what is
+            trained is as this config says. For Lite it can be a full one, whose matrices then stay fixed.
         backbone_type, num_blocks, hidden_size: the model the adapter was made for. Filled in when it is made and
             compared when it is loaded; leave them alone.
 
@@ -126,6 +138,20 @@ class TopDownConfig(PeftConfig):
         default=False,
         metadata={"help": "Add the value bias once more in the second pass, as the official ViT code does."},
     )
+    variational_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the variational loss in training (pre-tuning), by which `linear1` learns to compute "
+            "the input of a block from its output. Officially 0.1 for ViT, 0.01 for LLaMA and ConvNeXt."
+        },
+    )
+    variational_ignore_padding: bool = field(
+        default=False, metadata={"help": "Leave tokens with attention_mask 0 out of the variational loss."}
+    )
+    pretrained_feedback: str | None = field(
+        default=None,
+        metadata={"help": "Path or Hub id of a saved TOAST adapter whose feedback this one starts from."},
+    )
     backbone_type: str | None = field(
         default=None, metadata={"help": "Model type the adapter was made for. Filled in, not to be set."}
     )
@@ -151,11 +177,28 @@ class TopDownConfig(PeftConfig):
         self.trainable_parts = _check_trainable_parts(self.trainable_parts)
         self._check_rank()
         self._check_range()
+        if not self.variational_weight >= 0:
+            raise ValueError(f"`variational_weight` is {self.variational_weight!r}; expected 0 or a positive number.")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError(
                 "`layers_to_transform` cannot be used when `target_modules` is a regular expression; "
                 "select the blocks in the expression."
             )
+
+    @classmethod
+    def official_stage(cls, name: str, **options: Any) -> "TopDownConfig":
+        """A config that trains as the official code does in one of its stages.
+
+        Args:
+            name: a key of `OFFICIAL_STAGES`, for example "llama-pretuning".
+            options: other options of the config, or other values for those that the stage sets.
+
+        Raises:
+            ValueError: if there is no such stage.
+        """
+        if name not in OFFICIAL_STAGES:
+            raise ValueError(f"There is no stage {name!r}; expected one of {list(OFFICIAL_STAGES)}.")
+        return cls(**OFFICIAL_STAGES[name] | options)
 
     def _check_rank(self) -> None:
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 0:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from .block_stack import BlockStack
-from .config import TopDownConfig
+from .config import OFFICIAL_STAGES, TopDownConfig
 from .model import describe_differences
 from .stage_stack import Node, StageStack, find_stacks
 
@@ -29,8 +29,6 @@ class OfficialModel:
     Args:
         model_type: the model type in transformers.
         prefix: what the names of its feedback begin with.
-        trained: the parts that its fine-tuning trains.
-        trained_lite: the same for Lite.
         normalize_features: as in [`TopDownConfig`].
         double_value_bias: as in [`TopDownConfig`].
         heads: names of heads, which may be of any shape: they are copied or compared only where they fit.
@@ -38,8 +36,6 @@ class OfficialModel:
 
     model_type: str
     prefix: str
-    trained: tuple[str, ...]
-    trained_lite: tuple[str, ...]
     normalize_features: bool
     double_value_bias: bool
     heads: tuple[str, ...]
@@ -48,8 +44,6 @@ class OfficialModel:
 _VIT = OfficialModel(
     model_type="vit",
     prefix="enc",
-    trained=("prompt", "linear1", "linear2"),
-    trained_lite=("prompt", "transform", "linear1", "linear2"),
     normalize_features=True,
     double_value_bias=True,
     heads=("head.last_layer.weight", "head.last_layer.bias"),
@@ -59,8 +53,6 @@ _CONVNEXT = replace(_VIT, model_type="convnext", double_value_bias=False)
 _LLAMA = OfficialModel(
     model_type="llama",
     prefix="model",
-    trained=("prompt", "linear2"),
-    trained_lite=("prompt", "linear1", "linear2"),
     normalize_features=False,
     double_value_bias=False,
     heads=("lm_head.weight",),
@@ -186,16 +178,19 @@ def _recognize(tensors: dict[str, torch.Tensor]) -> OfficialModel:
 def _official_config(
     model: nn.Module, tensors: dict[str, torch.Tensor], official: OfficialModel, overrides: dict[str, Any]
 ) -> TopDownConfig:
-    """What the official code does for this kind of model, see the table in [`TopDownConfig`]."""
+    """What the official code does for this kind of model."""
     ranks = {tensor.shape[0] for name, tensor in tensors.items() if name.endswith(".lora_A")}
     if len(ranks) > 1:
         raise ValueError(f"The checkpoint has low-rank factors of the ranks {sorted(ranks)}; expected a single one.")
     is_causal_lm = type(model).__name__.endswith("ForCausalLM")
+    stage = OFFICIAL_STAGES[f"{official.model_type}-tuning"]
+    if ranks:  # there is no Lite of ConvNeXt, as will be said where the names are checked
+        stage = OFFICIAL_STAGES.get(f"{official.model_type}-lite", stage)
     options = {
         "task_type": TaskType.CAUSAL_LM if is_causal_lm else None,
         "r": next(iter(ranks), 0),
         "lora_alpha": 1,
-        "trainable_parts": list(official.trained_lite if ranks else official.trained),
+        "trainable_parts": stage["trainable_parts"],
         "init_weights": False,
         "normalize_features": official.normalize_features,
         "double_value_bias": official.double_value_bias,

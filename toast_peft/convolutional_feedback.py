@@ -84,6 +84,18 @@ class ConvolutionalFeedbackLayer(FeedbackLayer):
         z = self._fit(self._linear1(z, adapter_name), size)
         return z, self._linear2(z, adapter_name)
 
+    def reconstruct(self, output: torch.Tensor, adapter_name: str, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`linear1` of the stage's output, which the variational loss compares with the stage's input.
+
+        Args:
+            output: the output of the stage. Shape: [b, c, h, w]
+            hidden_states: its input, for the size. Shape: [b, c', h', w']
+
+        Returns:
+            The input as the feedback path computes it. Shape: [b, c', h', w']
+        """
+        return self._fit(super().reconstruct(output, adapter_name, hidden_states), tuple(hidden_states.shape[-2:]))
+
     def _fit(self, z: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         missing = [wanted - found for wanted, found in zip(size, z.shape[-2:], strict=True)]
         if max(map(abs, missing)) > self.stride:

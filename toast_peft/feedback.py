@@ -207,7 +207,7 @@ class FeedbackLayer(TopDownLayer):
     def update_layer(self, adapter_name: str, config: TopDownConfig) -> None:
         """Create `linear1` and `linear2` of an adapter, or their low-rank factors and what these are added to."""
         d, r = self.out_features, config.r
-        if r == 0 or not config.init_weights:
+        if r == 0 or not config.init_weights or config.pretrained_feedback is not None:
             self.topdown_linear1[adapter_name] = self._new_linear1(self.in_features)
             self.topdown_linear2[adapter_name] = self._new_linear(d, d)
         if r > 0:
@@ -264,6 +264,23 @@ class FeedbackLayer(TopDownLayer):
         """
         z = self._linear1(z, adapter_name)
         return z, self._linear2(z, adapter_name)
+
+    def reconstruct(self, output: torch.Tensor, adapter_name: str, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`linear1` of the block's output, which the variational loss compares with the block's input.
+
+        Args:
+            output: the output of the block. Shape: [b, n, d]
+            hidden_states: its input, for the shape. Shape: [b, n, d]
+
+        Returns:
+            The input as the feedback path computes it. Shape: [b, n, d]
+        """
+        return self._linear1(self._as_weights(output, adapter_name), adapter_name)
+
+    def _as_weights(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        """In the dtype of the adapter, unless autocast takes care of that."""
+        parameter = next(p for name, p in self.named_parameters() if f".{adapter_name}." in name)
+        return self._cast_input_dtype(x, parameter.dtype)
 
     def _linear1(self, z: torch.Tensor, adapter_name: str) -> torch.Tensor:
         full = self.topdown_linear1[adapter_name] if adapter_name in self.topdown_linear1 else self._identity

@@ -120,6 +120,11 @@ def _check_config(config: TopDownConfig, architecture: HierarchicalArchitecture,
                 "goes through all blocks in between. Its value projections are found by the model type; choose among "
                 "its blocks with `feedback_from` and `feedback_to`, which count through all stages."
             )
+    if config.variational_weight > 0:
+        raise ValueError(
+            f"`variational_weight={config.variational_weight}` cannot be used with a hierarchical transformer, whose "
+            "`linear1` between two stages does not take the output of its block."
+        )
     if config.normalize_features and architecture.final_norm is not None and not starts_in_last_stage:
         raise ValueError(
             f"`normalize_features=True`, but the final norm fits the output of the last stage and the feedback starts "

@@ -19,6 +19,7 @@ from .hierarchical_feedback import HierarchicalFeedbackPath
 from .hierarchical_passes import TwoPassesOverHierarchy
 from .hierarchical_stack import HierarchicalStack
 from .passes import TwoPasses
+from .pretrained_feedback import start_from_pretrained
 from .stage_passes import TwoPassesOverStages
 from .stage_stack import StageStack, find_stacks
 
@@ -45,10 +46,13 @@ class TopDownModel(BaseTuner):
         trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            config = self.peft_config[adapter_name]
+            if config.pretrained_feedback is not None and not config.is_of_saved_adapter:
+                start_from_pretrained(self.model, adapter_name, config)
         except Exception:
             _undo_injection(model, adapter_name, trainable)
             raise
-        if self.peft_config[adapter_name].is_of_saved_adapter:
+        if config.is_of_saved_adapter:
             for stack in self._stacks:
                 stack.backbone.feedback_path.awaiting_weights[adapter_name] = trainable
 
@@ -85,12 +89,26 @@ class TopDownModel(BaseTuner):
         stack = next(stack for stack in self._stacks if current_key in stack.names)
         if not isinstance(getattr(stack.backbone, "feedback_path", None), FeedbackPath):
             _add_feedback_path(stack)
+            stack.backbone.feedback_path.passes.add_loss_hook(self.model)
         path = stack.backbone.feedback_path
         if adapter_name not in path.selection.topdown_config:
             path.selection.update_layer(adapter_name, peft_config, stack.hidden_size)
         index = stack.names[current_key]
         path.add_block(index, target, peft_config).update_layer(adapter_name, peft_config)
         path.passes.add_value_projection(index, target, stack.value_columns)
+
+    # -------------------------------------------------------------------------------------------------- pre-tuning
+
+    def variational_loss(self) -> torch.Tensor:
+        """The variational loss of the last forward, for a loss that is computed outside of the model.
+
+        Returns:
+            The loss times `variational_weight`, once: zero if the model has added it to its own loss, if the forward
+            was not in training mode, or if `variational_weight` is 0.
+        """
+        hooks = [path.passes.loss_hook for _, path in _feedback_paths(self.model)]
+        losses = [loss for loss in (hook.take() for hook in hooks) if loss is not None]
+        return sum(loss.to(losses[0].device) for loss in losses) if losses else torch.zeros(())
 
     # --------------------------------------------------------------------------------------- switching and removing
 

@@ -27,6 +27,7 @@ from .cache import TwoPassCache, refuse_two_pass_cache
 from .config import TopDownConfig
 from .feedback import FeedbackPath
 from .value_projection import Feedback, ValueColumns, ValueHooks
+from .variational_loss import LossHook, Reconstruction, padding_to_leave_out
 
 
 @dataclass
@@ -43,7 +44,9 @@ class Run:
         outputs: what the blocks below `feedback_to` returned in pass 1.
         last_output: what the last block that ran in pass 1 returned.
         feedback: for each block index what its value projection adds in pass 2.
+        reconstruction: compares inputs of blocks with what `linear1` makes of their outputs, if that is wanted.
         input_sizes: where feedback is a map, for each block or stage the height and width of its input.
+        inputs: in a ConvNet, for each stage its input in pass 2, without the feedback.
     """
 
     feedback_from: int
@@ -54,7 +57,9 @@ class Run:
     outputs: dict[int, Any] = field(default_factory=dict)
     last_output: Any = None
     feedback: dict[int, torch.Tensor] = field(default_factory=dict)
+    reconstruction: Reconstruction | None = None
     input_sizes: dict[int, tuple[int, int]] = field(default_factory=dict)
+    inputs: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @property
     def features(self) -> torch.Tensor:
@@ -81,11 +86,13 @@ class Run:
 class ThreadState(threading.local):
     """The running forward and the running block's feedback, each thread its own; copies start empty.
 
-    `in_checkpoint` is whether a checkpointed block runs, in the forward or again in the backward pass.
+    `in_checkpoint` is whether a checkpointed block runs, in the forward or again in the backward pass;
+    `variational_loss` that of the last forward, until it is added to a loss.
     """
 
     run: Run | None = None
     feedback: Feedback | None = None
+    variational_loss: torch.Tensor | None = None
     in_checkpoint: bool = False
 
     def __deepcopy__(self, memo: dict) -> "ThreadState":
@@ -161,6 +168,8 @@ class CheckpointWithFeedback:
             output = self.checkpoint(functools.partial(self.run, function, double_bias), td, *args)
         if run is not None and run.first_pass:
             run.keep(self.block.index, output)  # with its graph, which the inside of a reentrant checkpoint has not
+        elif run is not None:
+            self.block.reconstruct(run, args[0], output)
         return output
 
     def run(self, function: Callable, double_bias: bool, td: torch.Tensor | None, *args: Any) -> Any:
@@ -221,9 +230,16 @@ class BlockForward(ReplacedForward):
         if self.index in run.feedback:
             self.state.feedback = Feedback(run.feedback[self.index], run.double_bias)
         try:
-            return self.original(*args, **kwargs)
+            output = self.original(*args, **kwargs)
         finally:
             self.state.feedback = None
+        self.reconstruct(run, args[0] if args else kwargs["hidden_states"], output)
+        return output
+
+    def reconstruct(self, run: Run, hidden_states: torch.Tensor, output: Any) -> None:
+        """Add this block's part to the variational loss, where that is wanted."""
+        if run.reconstruction is not None and self.index in run.feedback:
+            run.reconstruction.add(self.index, hidden_states, output)
 
     def carry_feedback_through_checkpoints(self) -> None:
         """Wrap the block's checkpointing function; again at each forward, as enabling checkpointing sets a new one."""
@@ -269,6 +285,7 @@ class BackboneForward(ReplacedForward):
         outer = self.state.run, self.state.feedback, self.state.in_checkpoint
         # Also without an adapter: this forward may be called from inside of a pass 2 of the same backbone.
         self.state.run, self.state.feedback, self.state.in_checkpoint = None, None, False
+        self.state.variational_loss = None
         try:
             if adapter_name is None:
                 refuse_two_pass_cache(kwargs.get("past_key_values"))
@@ -282,6 +299,8 @@ class BackboneForward(ReplacedForward):
             block_forward.carry_feedback_through_checkpoints()
         config = self.path.selection.topdown_config[adapter_name]
         run = self._new_run(config, kwargs)
+        if self.module.training and config.variational_weight > 0:
+            run.reconstruction = Reconstruction(self.path, adapter_name, padding_to_leave_out(config, kwargs))
         cache = self._cache(adapter_name, run, kwargs)
         self._first_pass(run, kwargs if cache is None else kwargs | {"past_key_values": cache.first_pass})
         if run.last_output is None:  # LayerDrop left out every block: there is nothing to start the feedback from
@@ -291,8 +310,12 @@ class BackboneForward(ReplacedForward):
         run.first_pass = False
         self.state.run = run
         if cache is None:
-            return self.original(**kwargs)
-        return cache.restore(self.original(**kwargs | {"past_key_values": cache.second_pass}))
+            output = self.original(**kwargs)
+        else:
+            output = cache.restore(self.original(**kwargs | {"past_key_values": cache.second_pass}))
+        if run.reconstruction is not None:
+            self.state.variational_loss = run.reconstruction.loss(config)
+        return output
 
     def _new_run(self, config: TopDownConfig, kwargs: dict[str, Any]) -> Run:
         feedback_from, feedback_to = config.feedback_range(len(self.blocks))
@@ -360,6 +383,8 @@ class TwoPasses:
         path: computes the feedback.
     """
 
+    loss_hook: LossHook | None = None
+
     def __init__(self, stack: BlockStack, path: FeedbackPath) -> None:
         self.state = ThreadState()
         self.block_forwards = [
@@ -367,6 +392,10 @@ class TwoPasses:
         ]
         self.backbone_forward = BackboneForward(stack, path, self.state, self.block_forwards)
         self.value_hooks: dict[int, ValueHooks] = {}
+
+    def add_loss_hook(self, model: nn.Module) -> None:
+        """Let `model` add the variational loss to the loss it returns."""
+        self.loss_hook = LossHook(model, self.state)
 
     def add_value_projection(self, index: int, value_projection: nn.Module, columns: ValueColumns | None) -> None:
         """Let the value projection of a block receive feedback."""
@@ -377,3 +406,5 @@ class TwoPasses:
         """Leave the modules as they were."""
         for part in (self.backbone_forward, *self.block_forwards, *self.value_hooks.values()):
             part.remove()
+        if self.loss_hook is not None:
+            self.loss_hook.remove()

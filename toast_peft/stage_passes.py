@@ -54,10 +54,15 @@ class StageForward(BlockForward):
         return output
 
     def _second_pass(self, run: Run, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.receives_feedback:
+            run.inputs[self.node] = hidden_states
         if self.receives_feedback and self.node in run.feedback:
             td = run.feedback[self.node]
             hidden_states = hidden_states + td.to(device=hidden_states.device, dtype=hidden_states.dtype)
-        return self.original(hidden_states)
+        output = self.original(hidden_states)
+        if self.index != _STEM:
+            self.reconstruct(run, run.inputs[self.node], output)
+        return output
 
     def _check_channels(self, hidden_states: torch.Tensor, expected: int) -> None:
         if hidden_states.shape[1] != expected:

@@ -1,0 +1,113 @@
+"""The variational loss of pre-tuning: the feedback path learns to compute each block's input from its output.
+
+Formula: `sum over the blocks l of the loop of mse(linear1_l(output_l), input_l)`, both of pass 2 and without gradient,
+so that only `linear1` learns from it. In a ConvNet the input is that of the stage before the feedback is added to it.
+
+Source: https://arxiv.org/abs/2305.15542, section on pre-tuning; `var_loss` in the official code, times 0.1 there for
+ViT, 0.01 for ConvNeXt and (both arguments divided by 10) LLaMA.
+"""
+
+import threading
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+from .config import TopDownConfig
+from .feedback import FeedbackPath, to_device_of
+
+
+class Reconstruction:
+    """The errors of one forward, block by block.
+
+    Args:
+        path: has `linear1` of every block.
+        adapter_name: whose.
+        attention_mask: counts only tokens where it is not 0. Shape: [b, n]
+    """
+
+    def __init__(self, path: FeedbackPath, adapter_name: str, attention_mask: torch.Tensor | None) -> None:
+        self.path = path
+        self.adapter_name = adapter_name
+        self.attention_mask = attention_mask
+        self.errors: dict[int, torch.Tensor] = {}
+
+    def add(self, index: int, hidden_states: torch.Tensor, output: Any) -> None:
+        """Compare the input of a block, computed from its output, with what it was; once in a forward."""
+        layer = self.path.layers[str(index)]
+        if index in self.errors:
+            return
+        output = output[0] if isinstance(output, tuple) else output
+        hidden_states, output = (to_device_of(layer, x.detach()) for x in (hidden_states, output))
+        squares = (layer.reconstruct(output, self.adapter_name, hidden_states) - hidden_states).square()
+        if self.attention_mask is None:
+            self.errors[index] = squares.mean()
+        else:
+            mask = self.attention_mask.to(squares).unsqueeze(-1)
+            self.errors[index] = (squares * mask).sum() / (mask.sum() * squares.shape[-1])
+
+    def loss(self, config: TopDownConfig) -> torch.Tensor | None:
+        """The weighted sum over the blocks."""
+        errors = list(self.errors.values())
+        device = errors[0].device if errors else None
+        return config.variational_weight * sum(error.to(device) for error in errors) if errors else None
+
+
+def padding_to_leave_out(config: TopDownConfig, kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """The attention mask of a forward, if `config` leaves padding out and there is one. Shape: [b, n]"""
+    mask = kwargs.get("attention_mask") if config.variational_ignore_padding else None
+    return mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+
+
+class LossHook:
+    """Adds the variational loss of a forward to the loss that the model returns.
+
+    A hook on the model, not a part of a PEFT model's forward: that one is not called without a task type.
+
+    Args:
+        model: the module that returns the loss.
+        state: has the `variational_loss` that this thread's last forward has left.
+    """
+
+    def __init__(self, model: nn.Module, state: threading.local) -> None:
+        self.state = state
+        self.handle = model.register_forward_hook(self.add_to_loss, with_kwargs=True)
+
+    def add_to_loss(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        """The output with the variational loss in its loss, if it has one."""
+        if self.state.variational_loss is None:
+            return None
+        is_tuple = isinstance(output, tuple)
+        loss = output[0] if is_tuple and kwargs.get("labels") is not None else getattr(output, "loss", None)
+        if loss is None:
+            return None
+        loss = loss + _share_of_batch(model, kwargs) * self.take().to(loss.device)
+        if is_tuple:
+            return (loss, *output[1:])
+        output.loss = loss
+        return output
+
+    def take(self) -> torch.Tensor | None:
+        """The variational loss of the last forward, which is then forgotten."""
+        loss, self.state.variational_loss = self.state.variational_loss, None
+        return loss
+
+    def remove(self) -> None:
+        """Remove the hook."""
+        self.handle.remove()
+
+
+def _share_of_batch(model: nn.Module, kwargs: dict[str, Any]) -> torch.Tensor | float:
+    """The share of this forward in a batch that gradient accumulation has split.
+
+    With `num_items_in_batch` the task loss is a sum over the labels divided by their number in the whole batch. The
+    variational loss, a mean, is weighted alike; counted as `Trainer` counts labels.
+    """
+    num_items, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
+    if num_items is None or labels is None:
+        return 1.0
+    shifts = LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss
+    if shifts and not getattr(model.config, "is_encoder_decoder", False):
+        labels = labels[..., 1:]
+    return labels.ne(-100).sum() / num_items
