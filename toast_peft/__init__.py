@@ -6,10 +6,11 @@ adapters load with `PeftModel.from_pretrained`.
 
 from .config import OFFICIAL_STAGES, TopDownConfig
 from .convert import from_official_checkpoint
+from .initialization import initialize_feedback
 from .model import TopDownModel
 from .registration import register
 
 __version__ = "0.1.0"
-__all__ = ["OFFICIAL_STAGES", "TopDownConfig", "TopDownModel", "from_official_checkpoint"]
+__all__ = ["OFFICIAL_STAGES", "TopDownConfig", "TopDownModel", "from_official_checkpoint", "initialize_feedback"]
 
 register(TopDownConfig, TopDownModel)

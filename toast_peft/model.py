@@ -106,7 +106,7 @@ class TopDownModel(BaseTuner):
             The loss times `variational_weight`, once: zero if the model has added it to its own loss, if the forward
             was not in training mode, or if `variational_weight` is 0.
         """
-        hooks = [path.passes.loss_hook for _, path in _feedback_paths(self.model)]
+        hooks = [path.passes.loss_hook for _, path in feedback_paths(self.model)]
         losses = [loss for loss in (hook.take() for hook in hooks) if loss is not None]
         return sum(loss.to(losses[0].device) for loss in losses) if losses else torch.zeros(())
 
@@ -122,7 +122,7 @@ class TopDownModel(BaseTuner):
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         if merge:
             self._check_merge_allowed()
-        for backbone, _ in list(_feedback_paths(self.model)):
+        for backbone, _ in list(feedback_paths(self.model)):
             _remove_feedback_path(backbone)
         return super()._unload_and_optionally_merge(merge, *args, **kwargs)
 
@@ -158,7 +158,7 @@ class TopDownModel(BaseTuner):
         }
         found = {name.removeprefix("base_model.model."): tuple(tensor.shape) for name, tensor in remapped.items()}
         problems = describe_differences(expected, {name: found[name] for name in found if cls.prefix in name})
-        trainable = [path.awaiting_weights.pop(adapter_name, None) for _, path in _feedback_paths(base_model)]
+        trainable = [path.awaiting_weights.pop(adapter_name, None) for _, path in feedback_paths(base_model)]
         if problems:
             if any(names is not None for names in trainable):
                 _undo_injection(base_model, adapter_name, set().union(*filter(None, trainable)))
@@ -223,7 +223,7 @@ def describe_differences(expected: dict[str, tuple], found: dict[str, tuple]) ->
     return problems + shapes
 
 
-def _feedback_paths(model: nn.Module) -> Iterator[tuple[nn.Module, FeedbackPath]]:
+def feedback_paths(model: nn.Module) -> Iterator[tuple[nn.Module, FeedbackPath]]:
     """All backbones in the model that have a feedback path, with it."""
     for module in model.modules():
         path = module._modules.get("feedback_path")
@@ -257,7 +257,7 @@ def _undo_injection(model: nn.Module, adapter_name: str, trainable: set[str]) ->
         adapter_name: the adapter to remove. The feedback path goes with its last adapter.
         trainable: names of the parameters that required a gradient before.
     """
-    for backbone, path in list(_feedback_paths(model)):
+    for backbone, path in list(feedback_paths(model)):
         for module in path.modules():
             if isinstance(module, TopDownLayer):
                 module.delete_adapter(adapter_name)

@@ -1,0 +1,165 @@
+"""Feedback initialised from data."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+from peft import PeftModel
+from torch import nn
+from torch.nn import functional as F
+
+from toast_peft import TopDownConfig, initialize_feedback
+
+from . import convnets, test_hierarchical
+from .models import (
+    NUM_BLOCKS,
+    RANGES,
+    VIT_AND_LLAMA,
+    adapted,
+    add_noise,
+    features_of,
+    inputs_of,
+    output_of,
+    tiny_model,
+    value_projections_of,
+)
+
+
+def batches(model: nn.Module) -> list[dict[str, torch.Tensor]]:
+    """Enough different tokens to determine a matrix."""
+    inputs = inputs_of(model, batch_size=24)
+    if "input_ids" in inputs:
+        return [{name: x[rows] for name, x in inputs.items()} for rows in (slice(0, 10), slice(10, 24))]
+    return [{name: torch.randn(12, *x.shape[1:]) for name, x in inputs.items()} for _ in range(2)]
+
+
+def prompt_of(model: PeftModel) -> torch.Tensor:
+    [prompt] = (p.detach() for name, p in model.named_parameters() if "topdown_prompt" in name)
+    return prompt
+
+
+@pytest.mark.parametrize("variant", RANGES)
+@pytest.mark.parametrize("model_class", VIT_AND_LLAMA)
+def test_chain_computes_inputs_of_the_value_projections(model_class: type, variant: str) -> None:
+    base = tiny_model(model_class)
+    data = batches(base)
+    first, last = TopDownConfig(**RANGES[variant]).feedback_range(NUM_BLOCKS)
+    features = torch.cat([features_of(base, batch, first) for batch in data]).flatten(0, 1)
+    inputs = inputs_of_value_projections(base, data)
+    expected = output_of(base)
+    model = adapted(base, **RANGES[variant]).train()
+    initialize_feedback(model, data, ridge=1e-9)
+    assert model.training and torch.equal(output_of(model.eval()), expected)
+    torch.testing.assert_close(prompt_of(model), F.normalize(F.normalize(features, dim=-1).mean(0), dim=0))
+    z = features
+    for index in range(first - 1, last - 1, -1):
+        z = z @ next(p for name, p in model.named_parameters() if f"layers.{index}.topdown_linear1" in name).T
+        best = features @ torch.linalg.lstsq(features.double(), inputs[index].double()).solution.float()
+        torch.testing.assert_close(z, best, rtol=1e-2, atol=1e-2)
+
+
+@torch.no_grad()
+def inputs_of_value_projections(model: nn.Module, data: list[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+    calls: list[list[torch.Tensor]] = [[] for _ in range(NUM_BLOCKS)]
+    handles = [
+        module.register_forward_pre_hook(lambda module, args, index=index: calls[index].append(args[0].flatten(0, 1)))
+        for index, module in enumerate(value_projections_of(model))
+    ]
+    for batch in data:
+        model(**batch)
+    for handle in handles:
+        handle.remove()
+    return [torch.cat(inputs) for inputs in calls]
+
+
+def test_ridge_makes_it_smaller() -> None:
+    norms = []
+    for ridge in (1e-6, 1.0):
+        model = adapted(tiny_model(tf.ViTModel))
+        initialize_feedback(model, batches(model), ridge=ridge)
+        norms.append(sum(p.norm() for name, p in model.named_parameters() if "linear1" in name))
+    assert norms[1] < 0.9 * norms[0]
+
+
+def test_padding_is_left_out() -> None:
+    ids = inputs_of(tiny_model(tf.LlamaForCausalLM))["input_ids"]
+    padded = F.pad(ids, (0, 5), value=0)
+    models = [adapted(tiny_model(tf.LlamaForCausalLM)) for _ in range(2)]
+    initialize_feedback(models[0], [{"input_ids": ids, "labels": ids}])
+    initialize_feedback(models[1], [{"input_ids": padded, "attention_mask": (padded != 0).long()}])
+    for name, parameter in models[0].named_parameters():
+        torch.testing.assert_close(models[1].get_parameter(name), parameter, rtol=1e-3, atol=1e-3, msg=name)
+
+
+def test_mask_lets_more_through_than_with_a_random_prompt() -> None:
+    model = adapted(tiny_model(tf.ViTModel))
+    path = model.get_base_model().feedback_path
+    means = []
+    path.selection.topdown_prompt["default"].register_forward_hook(lambda m, args, mask: means.append(mask.mean()))
+    output_of(model)
+    initialize_feedback(model, batches(model))
+    means.clear()
+    with torch.no_grad():
+        random_prompt = prompt_of(model).clone().normal_()
+        for batch in batches(model):
+            model(**batch)
+        of_data = torch.stack(means).mean()
+        means.clear()
+        prompt_of(model).copy_(random_prompt)
+        for batch in batches(model):
+            model(**batch)
+    assert of_data > 1.5 * torch.stack(means).mean()
+
+
+def test_lite_gets_a_prompt_only() -> None:
+    model = adapted(tiny_model(tf.ViTModel), r=2)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    initialize_feedback(model, batches(model))
+    changed = [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
+    assert len(changed) == 1 and "topdown_prompt" in changed[0]
+
+
+@pytest.mark.parametrize("build", ["convnet", "hierarchical"])
+def test_other_kinds_of_paths_get_a_prompt_only(build: str) -> None:
+    if build == "convnet":
+        model_class = next(iter(convnets.MODELS))
+        model = adapted(convnets.tiny_model(model_class))
+        data = [convnets.images()]
+    else:
+        model = adapted(test_hierarchical.tiny_model(tf.SwinForImageClassification))
+        data = [test_hierarchical.images()]
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    initialize_feedback(model, data)
+    changed = [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
+    assert len(changed) == 1 and "topdown_prompt" in changed[0]
+    torch.testing.assert_close(prompt_of(model).norm(), torch.tensor(1.0))
+
+
+def test_encoder_and_decoder() -> None:
+    model = adapted(tiny_model(tf.T5ForConditionalGeneration))
+    initialize_feedback(model, [inputs_of(model)])
+    prompts = [p for name, p in model.named_parameters() if "topdown_prompt" in name]
+    assert len(prompts) == 2 and all(torch.isclose(p.norm(), torch.tensor(1.0)) for p in prompts)
+
+
+def test_second_adapter_and_other_state(tmp_path: Path) -> None:
+    model = adapted(tiny_model(tf.ViTModel))
+    add_noise(*(p for name, p in model.named_parameters() if "topdown_" in name))
+    expected = output_of(model)
+    model.add_adapter("other", TopDownConfig())
+    model.set_adapter("other")
+    hooks = sum(len(module._forward_pre_hooks) for module in model.modules())
+    initialize_feedback(model, batches(model), "other")
+    assert sum(len(module._forward_pre_hooks) for module in model.modules()) == hooks
+    model.set_adapter("default")
+    assert torch.equal(output_of(model), expected)
+
+
+@pytest.mark.parametrize(("name", "data"), [("other", None), ("default", [])])
+def test_what_does_not_fit(name: str, data: list | None) -> None:
+    model = adapted(tiny_model(tf.ViTModel))
+    before = {key: p.clone() for key, p in model.named_parameters()}
+    with pytest.raises(ValueError, match="`adapter_name` is 'other'.*default" if name == "other" else "gave no batch"):
+        initialize_feedback(model, batches(model) if data is None else data, name)
+    assert all(torch.equal(p, before[key]) for key, p in model.named_parameters())
