@@ -130,8 +130,18 @@ def range_of(model_class: type, variant: str) -> dict[str, Any]:
     return options
 
 
-@pytest.mark.parametrize("model_class", FUSED)
-def test_fused_projections_change_the_values_only(model_class: type, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("model_class", "options"),
+    [(model_class, {}) for model_class in FUSED]
+    + [
+        (tf.FalconForCausalLM, {"multi_query": False}),
+        (tf.FalconForCausalLM, {"new_decoder_architecture": True, "num_kv_heads": 2}),
+        (tf.Phi3ForCausalLM, {"num_key_value_heads": 4}),
+    ],
+)
+def test_fused_projections_change_the_values_only(
+    model_class: type, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Queries and keys that attention gets in pass 2 are those of h, its values are those of h + td."""
     attended = []
     attention = F.scaled_dot_product_attention
@@ -140,7 +150,8 @@ def test_fused_projections_change_the_values_only(model_class: type, monkeypatch
         attended.append((query, key, value))
         return attention(query, key, value, *args, **kwargs)
 
-    model = moved(model_class)
+    model = adapted(tiny_model(model_class, **options))
+    turn(model)
     [path] = paths_of(model)
     value_projection = path.layers["0"].value_projection
     feedback, calls = {}, []
