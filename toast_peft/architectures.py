@@ -26,15 +26,20 @@ class Architecture:
 
 
 _VIT = Architecture("layers", "attention.v_proj", "layernorm", normalize_features=True)
+_OLD_VIT = Architecture("encoder.layer", "attention.attention.value", "layernorm", normalize_features=True)
 _VISION_TOWER = Architecture("encoder.layers", "self_attn.v_proj", "post_layernorm", normalize_features=True)
 _LLAMA = Architecture("layers", "self_attn.v_proj", "norm", normalize_features=False)
 
 # The key is the `model_type` in the config of the backbone, not of the whole model: CLIPForImageClassification is a
 # "clip" whose backbone is a "clip_vision_model".
 ARCHITECTURES = {
+    # Its final norm is the identity with the default `use_mean_pooling=True`.
+    "beit": _VIT,
     "clip_vision_model": _VISION_TOWER,
+    "data2vec-vision": _OLD_VIT,
     "deit": _VIT,
     "dinov2": Architecture("encoder.layer", "attention.v_proj", "layernorm", normalize_features=True),
+    "dpt": _OLD_VIT,
     "gemma3_text": _LLAMA,
     "llama": _LLAMA,
     "mistral": _LLAMA,
