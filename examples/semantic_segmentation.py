@@ -131,13 +131,14 @@ def load_masks(arguments: MaskArguments) -> DatasetDict:
     return shortened(data, arguments)
 
 
-def find_classes(data: Dataset, arguments: MaskArguments) -> list[str]:
+def find_classes(data: DatasetDict, arguments: MaskArguments) -> list[str]:
     """Names of the classes in the masks.
 
     Raises:
         ValueError: if a mask has a class without a name.
     """
-    values = {int(value) for mask in data["mask"] for value in np.unique(mask)} - {arguments.unlabelled}
+    values = {int(value) for split in data.values() for mask in split["mask"] for value in np.unique(mask)}
+    values.discard(arguments.unlabelled)
     names = arguments.class_names or [str(index) for index in range(max(values) + 1)]
     if not values <= set(range(min(len(names), UNLABELLED))):
         raise ValueError(
@@ -273,7 +274,7 @@ class MeanIoU:
         hits = confusion.diagonal()
         union = confusion.sum(0) + confusion.sum(1) - hits
         iou = np.divide(hits, union, out=np.full(len(hits), np.nan), where=union > 0)
-        of_classes = {f"iou_{name}": float(value) for name, value in zip(self.classes, iou, strict=True)}
+        of_classes = {f"iou_{name}": float(iou[i]) for i, name in enumerate(self.classes) if union[i] > 0}
         accuracy = float(hits.sum() / confusion.sum())
         return {"mean_iou": float(np.nanmean(iou)), "pixel_accuracy": accuracy, **of_classes}
 
@@ -331,7 +332,7 @@ class Comparison:
         self.base = base
         self.data = data
         self.model_arguments, self.data_arguments, self.training_arguments = arguments
-        self.classes = find_classes(data["train"], self.data_arguments)
+        self.classes = find_classes(data, self.data_arguments)
         self.processor = load_processor(base, self.data_arguments.image_size)
 
     def measure(self, method: str) -> dict[str, Any]:

@@ -32,5 +32,5 @@ def test_every_option_is_explained() -> None:
 def test_supported_models_are_named() -> None:
     section = README.split("## Supported models")[1].split("## ")[0].lower().replace(" ", "").replace("-", "")
     for model_type in ARCHITECTURES:
-        family = model_type.removesuffix("_vision_model").removesuffix("_text").replace("_", "")
+        family = model_type.removesuffix("_vision_model").removesuffix("_text").replace("_", "").replace("-", "")
         assert family in section
