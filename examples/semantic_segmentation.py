@@ -17,6 +17,7 @@ small ViT that knows the digits 0 to 4 learns to segment images of the digits 5 
 """
 
 import json
+import math
 from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -198,12 +199,14 @@ def dpt_around(name: str, vit: ViTConfig, labels: dict[str, dict]) -> DPTForSema
         # With the usual 0.02 the features of a narrow decoder would all but vanish on their way to its batch norm.
         initializer_range=0.02 * (1024 / d) ** 0.5,
     )
-    model, loading = DPTForSemanticSegmentation.from_pretrained(
+    renamed, loading = DPTForSemanticSegmentation.from_pretrained(
         name, config=config, key_mapping={r"^vit\.": "dpt."}, output_loading_info=True
     )
     missing = [key for key in loading["missing_keys"] if key.startswith("dpt.")]
     if missing:
         raise ValueError(f"{name} has no weights for {missing[0]} and {len(missing) - 1} other parameters of the ViT.")
+    model = DPTForSemanticSegmentation(config)  # `renamed` would give its parameters the old names when it is saved
+    model.load_state_dict(renamed.state_dict())
     return model
 
 
@@ -336,7 +339,11 @@ class Comparison:
         self.processor = load_processor(base, self.data_arguments.image_size)
 
     def measure(self, method: str) -> dict[str, Any]:
-        """Train a method with each learning rate, and measure the best result once more as it was saved."""
+        """Train a method with each learning rate, and measure the best result once more as it was saved.
+
+        Raises:
+            RuntimeError: if what was saved is not what was trained.
+        """
         if not self.training_arguments.do_train:
             adapter = self.model_arguments.adapter_name_or_path
             return {"method": method, "saved_in": adapter or self.base} | self.evaluate(adapter or self.base)
@@ -344,7 +351,11 @@ class Comparison:
         tries = [self.train(method, rate) for rate in rates]
         best = max(tries, key=lambda metrics: metrics["eval_mean_iou"])
         tried = {str(metrics["learning_rate"]): metrics["eval_mean_iou"] for metrics in tries}
-        return best | {"eval_mean_iou_of_learning_rates": tried} | self.evaluate(best["saved_in"])
+        reloaded = self.evaluate(best["saved_in"])
+        before, after = best["eval_loss"], reloaded["eval_loss"]
+        if not math.isclose(before, after, rel_tol=1e-3):
+            raise RuntimeError(f"{best['saved_in']}: the loss was {before}, but is {after} after reloading.")
+        return best | {"eval_mean_iou_of_learning_rates": tried} | reloaded
 
     def train(self, method: str, learning_rate: float) -> dict[str, Any]:
         """Train a method, save the result, and measure it on the validation split."""

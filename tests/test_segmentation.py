@@ -180,6 +180,9 @@ def test_a_plain_vit_becomes_a_dpt(tmp_path: Path) -> None:
         assert isinstance(model, tf.DPTForSemanticSegmentation)
         assert model.config.id2label == {0: "sky", 1: "road"}
         torch.testing.assert_close(model.dpt(**inputs_of(vit), output_hidden_states=True).hidden_states, expected)
+        model.save_pretrained(tmp_path / "dpt")
+        saved = semantic_segmentation.load_model(str(tmp_path / "dpt"), ["sky", "road"]).eval()
+        assert torch.equal(output_of(saved), output_of(model))
 
 
 def test_a_checkpoint_without_all_weights_of_the_vit(tmp_path: Path) -> None:
@@ -300,6 +303,16 @@ def test_table_overlays_and_reloading(tmp_path: Path, capsys: pytest.CaptureFixt
             assert reloaded[metric] == row[metric]
     assert rows[1]["trainable_parameters"] > rows[0]["trainable_parameters"]
     assert [row["method"] for row in json.loads((tmp_path / "comparison.json").read_text())] == methods
+
+
+def test_a_result_that_is_not_reproduced(monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = {"learning_rate": 1e-3, "saved_in": "there", "eval_mean_iou": 0.5, "eval_loss": 1.0}
+    comparison = object.__new__(semantic_segmentation.Comparison)
+    comparison.model_arguments, _, comparison.training_arguments = semantic_segmentation.parse([])
+    monkeypatch.setattr(comparison, "train", lambda method, rate: trained)
+    monkeypatch.setattr(comparison, "evaluate", lambda saved: {"eval_loss": 1.1})
+    with pytest.raises(RuntimeError, match="there: the loss was 1.0, but is 1.1 after reloading"):
+        comparison.measure("toast")
 
 
 def test_without_training_there_is_one_method(capsys: pytest.CaptureFixture) -> None:
