@@ -1,4 +1,4 @@
-"""What the two example scripts share: the methods to compare, the arguments, and a run from data to saved adapter."""
+"""What the example scripts share: the methods to compare, the arguments, and a run from data to saved adapter."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +12,8 @@ from transformers import PreTrainedModel, Trainer
 from toast_peft import TopDownConfig
 
 METHODS = ("linear_probe", "lora", "toast", "toast_lite", "full")
+# What transformers calls the projections, in most models and in the older vision models.
+_QUERY_AND_VALUE = ["q_proj", "v_proj", "query", "value"]
 
 
 @dataclass
@@ -64,8 +66,8 @@ def named_data(arguments: DataArguments) -> DatasetDict | None:
 
 
 def shortened(data: DatasetDict, arguments: DataArguments) -> DatasetDict:
-    """The data with at most as many rows as the arguments allow."""
-    limits = {"train": arguments.max_train_samples, "validation": arguments.max_eval_samples}
+    """The data with at most as many rows in each split as the arguments allow."""
+    limits = {split: arguments.max_train_samples if split == "train" else arguments.max_eval_samples for split in data}
     return DatasetDict(
         {
             split: data[split] if limit is None else data[split].select(range(min(limit, len(data[split]))))
@@ -81,20 +83,25 @@ def adapt(model: PreTrainedModel, arguments: ModelArguments, trainable: bool, **
         model: the base model.
         arguments: the method or the saved adapter.
         trainable: whether a loaded adapter is trained further.
-        peft_options: `task_type` and `modules_to_save` of the PEFT config.
+        peft_options: `task_type` and `modules_to_save` of the PEFT config; the latter is what a method without an
+            adapter trains if it does not train everything.
 
     Returns:
         A PEFT model, or for the methods without an adapter the model itself.
     """
     if arguments.adapter_name_or_path is not None:
         return PeftModel.from_pretrained(model, arguments.adapter_name_or_path, is_trainable=trainable)
-    if arguments.method == "linear_probe":
-        model.base_model.requires_grad_(False)
-    if arguments.method in ("linear_probe", "full"):
+    if arguments.method in ("linear_probe", "decoder_only"):
+        model.requires_grad_(False)
+        for name in peft_options["modules_to_save"]:
+            model.get_submodule(name).requires_grad_(True)
+    if arguments.method in ("linear_probe", "decoder_only", "full"):
         return model
     config = {
-        "lora": LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], **peft_options),
+        "lora": LoraConfig(r=8, lora_alpha=16, target_modules=_QUERY_AND_VALUE, **peft_options),
         "toast": TopDownConfig(**peft_options),
+        "toast_early": TopDownConfig(feedback_from=0.5, **peft_options),
+        "toast_late": TopDownConfig(feedback_to=0.5, **peft_options),
         "toast_lite": TopDownConfig(r=4, **peft_options),
     }
     return get_peft_model(model, config[arguments.method])
@@ -111,3 +118,10 @@ def train_and_evaluate(trainer: Trainer) -> dict[str, float]:
     if trainer.args.do_eval:
         metrics |= trainer.evaluate()
     return metrics
+
+
+def print_table(rows: list[tuple[str, ...]]) -> None:
+    """Print rows in columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -3,7 +3,7 @@
     python examples/demo.py
     python examples/demo.py --short
 
-Everything is done by the two example scripts; this one calls them for each method and prints what they measured.
+Everything is done by two of the example scripts; this one calls them for each method and prints what they measured.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import datasets
 import image_classification
 import language_modeling
 import transformers
+from adaptation import print_table
 
 
 @dataclass
@@ -87,13 +88,6 @@ def compare(task: Task, folder: Path, extra_arguments: tuple[str, ...]) -> list[
             )
         )
     return rows
-
-
-def print_table(rows: list[tuple[str, ...]]) -> None:
-    """Print rows in columns."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def main() -> None:

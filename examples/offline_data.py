@@ -48,6 +48,37 @@ def handwritten_digits(digits: Sequence[int], examples_per_class: int, orientati
     return DatasetDict(train=split(train), validation=split(validation))
 
 
+def digit_scenes(digits: Sequence[int], scenes: int) -> DatasetDict:
+    """Images of four handwritten digits each, 16 x 16 pixels, and masks that say which pixel belongs to which digit.
+
+    Args:
+        digits: the digits to take; the strokes of the first one are class 1 of the masks, what is in no stroke is 0.
+        scenes: number of images in each split.
+
+    Returns:
+        The splits "train", "validation" and "test", made of different digits, with the columns "image" and "mask".
+    """
+    images, targets = load_digits(return_X_y=True)
+    pixels = (images.reshape(-1, 8, 8) * (255 / images.max())).astype(np.uint8)
+    masks = (pixels > 127) * (np.searchsorted(digits, targets) + 1).astype(np.uint8)[:, None, None]
+    features = Features({"image": Image(), "mask": Image()})
+    generator = np.random.default_rng(0)
+    thirds = np.array_split(generator.permutation(np.flatnonzero(np.isin(targets, digits))), 3)
+
+    def split(rows: np.ndarray) -> Dataset:
+        chosen = generator.choice(rows, (scenes, 4))
+        columns = {"image": _tiled(pixels[chosen]), "mask": _tiled(masks[chosen])}
+        return Dataset.from_dict(columns, features=features)
+
+    return DatasetDict({name: split(rows) for name, rows in zip(("train", "validation", "test"), thirds, strict=True)})
+
+
+def _tiled(images: np.ndarray) -> list[PILImage.Image]:
+    """Four images side by side and below each other. Shape of `images`: [scenes, 4, 8, 8]"""
+    scenes = images.reshape(-1, 2, 2, 8, 8).swapaxes(2, 3).reshape(-1, 16, 16)
+    return [PILImage.fromarray(scene) for scene in scenes]
+
+
 def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
     turned = np.rot90(pixels, orientation % 4)
     return np.ascontiguousarray(turned if orientation < 4 else np.fliplr(turned))

@@ -101,6 +101,10 @@ FURTHER_MODELS: dict[type, tuple[type, dict[str, Any]]] = {
         tf.Data2VecVisionConfig,
         _VISION | {"layer_scale_init_value": 0.5, "drop_path_rate": 0.0},
     ),
+    tf.DPTForSemanticSegmentation: (
+        tf.DPTConfig,
+        _VISION | {"backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [8] * 4, "fusion_hidden_size": 8},
+    ),
     tf.DINOv3ViTModel: (tf.DINOv3ViTConfig, _VISION | {"pos_embed_rescale": None}),
     tf.Wav2Vec2ForCTC: (tf.Wav2Vec2Config, _AUDIO),
     tf.HubertForCTC: (tf.HubertConfig, _AUDIO | {"do_stable_layer_norm": True, "feat_extract_norm": "layer"}),

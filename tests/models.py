@@ -85,6 +85,9 @@ MODELS: dict[type, tuple[type, dict[str, Any]]] = {
     tf.Gemma3TextForSequenceClassification: (tf.Gemma3TextConfig, _GEMMA3),
 }
 _VISION_NORMS = ("layernorm", "post_layernorm")
+_VALUE_PROJECTIONS = ("v_proj", ".value")
+# Neither a layer of the feedback path nor one of a segmentation decoder.
+_BLOCK = r"(^|(?<!path)(?<!stage)\.)layers?\.\d+$"
 DECODERS = [cls for cls in MODELS if cls.__name__.endswith("ForCausalLM")]
 # One of each kind, for what does not depend on the model type.
 VIT_AND_LLAMA = [tf.ViTForImageClassification, tf.LlamaForCausalLM]
@@ -189,12 +192,14 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """The blocks, from the input to the output."""
-    return [module for name, module in model.named_modules() if re.search(r"(^|(?<!path)\.)layers?\.\d+$", name)]
+    return [module for name, module in model.named_modules() if re.search(_BLOCK, name)]
 
 
 def value_projections_of(model: nn.Module) -> list[nn.Module]:
     """The value projection of each block."""
-    return [next(m for name, m in block.named_modules() if name.endswith("v_proj")) for block in blocks_of(model)]
+    return [
+        next(m for name, m in block.named_modules() if name.endswith(_VALUE_PROJECTIONS)) for block in blocks_of(model)
+    ]
 
 
 def features_of(model: nn.Module, inputs: dict[str, torch.Tensor], first: int) -> torch.Tensor:

@@ -15,7 +15,7 @@ from torch import nn
 from toast_peft import TopDownConfig
 from toast_peft.feedback import FeedbackLayer
 
-from .models import VIT_AND_LLAMA, adapted, output_of, steered, tiny_model
+from .models import VIT_AND_LLAMA, adapted, inputs_of, output_of, steered, tiny_model
 
 
 def attributes_of(model: nn.Module) -> dict[str, set[str]]:
@@ -268,3 +268,13 @@ def test_missing_head_is_reported(tmp_path: Path) -> None:
     save_file(weights, tmp_path / "adapter_model.safetensors")
     with pytest.raises((ValueError, KeyError), match=r"classifier\.weight"):
         PeftModel.from_pretrained(tiny_model(tf.ViTForImageClassification), tmp_path)
+
+
+def test_modules_to_save_inside_of_each_other() -> None:
+    """PEFT copies both, and the inner copy would never be trained."""
+    model = tiny_model(tf.DPTForSemanticSegmentation)
+    names = list(model.state_dict())
+    with pytest.raises(ValueError, match="matches 'head.head' inside of another match"):
+        adapted(model, modules_to_save=["head"])
+    assert list(model.state_dict()) == names
+    assert adapted(model, modules_to_save=["head.head"])(**inputs_of(model)).logits.isfinite().all()

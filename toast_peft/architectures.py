@@ -71,6 +71,7 @@ class HierarchicalArchitecture:
 
 _BERT = Architecture("encoder.layer", "attention.self.value", None, has_cache=False)
 _LLAMA = Architecture("layers", "self_attn.v_proj", "norm")
+_OLD_VIT = Architecture("encoder.layer", "attention.attention.value", "layernorm", normalize_features=True)
 _QWEN_VISION = Architecture("blocks", "attn.qkv", None, fused="one after the other")
 _VISION_TOWER = Architecture("encoder.layers", "self_attn.v_proj", "post_layernorm", normalize_features=True)
 _VIT = Architecture("layers", "attention.v_proj", "layernorm", normalize_features=True)
@@ -79,18 +80,17 @@ _WAV2VEC2 = Architecture("layers", "attention.v_proj", None)
 # The key is the `model_type` in the config of the backbone, not of the whole model: CLIPForImageClassification is a
 # "clip" whose backbone is a "clip_vision_model".
 ARCHITECTURES = {
-    "beit": _VIT,
+    "beit": _VIT,  # its final norm is the identity with the default `use_mean_pooling=True`
     "bert": _BERT,
     "clip_vision_model": _VISION_TOWER,
     "cohere2": _LLAMA,
-    "data2vec-vision": Architecture(
-        "encoder.layer", "attention.attention.value", "layernorm", normalize_features=True
-    ),
+    "data2vec-vision": _OLD_VIT,
     "deberta-v2": Architecture("encoder.layer", "attention.self.value_proj", None),
     "deit": _VIT,
     "dinov2": Architecture("encoder.layer", "attention.v_proj", "layernorm", normalize_features=True),
     "dinov3_vit": Architecture("model.layer", "attention.v_proj", "norm", normalize_features=True),
     "distilbert": Architecture("transformer.layer", "attention.v_lin", None),
+    "dpt": _OLD_VIT,
     "electra": _BERT,
     "falcon": Architecture("h", "self_attention.query_key_value", "ln_f", fused="by key-value head"),
     "gemma": _LLAMA,

@@ -202,6 +202,12 @@ def _check_modules_to_save(model: nn.Module, config: TopDownConfig, stack: Block
                 f"`modules_to_save` names {wanted!r}, but {type(model).__name__} has no such module; its own are "
                 f"{[name for name, _ in model.named_children()]}."
             )
+        nested = [name for name in matched if any(name.startswith(f"{other}.") for other in matched)]
+        if nested:
+            raise ValueError(
+                f"`modules_to_save` names {wanted!r}, which matches {nested[0]!r} inside of another match; PEFT would "
+                f"train a copy of it that is not used. Name just one of {matched}."
+            )
         if any(f"{name}.".startswith(f"{match}.") for match in matched for name in stack.adapted_names):
             raise ValueError(
                 f"`modules_to_save` names {wanted!r}, which is or holds a block or a module that gets "
