@@ -8,8 +8,8 @@ The model is a ViT, around which a new DPT decoder is built, or any checkpoint t
 takes (DPT, BEiT, Data2Vec Vision, UperNet around BEiT or DINOv2). The decoder is trained with every method.
 
 The data has an image and a mask in each row; a pixel of the mask is the number of its class. `mine` is a folder that
-`load_dataset` takes: train.parquet, validation.parquet and test.parquet, or folders of these names with images, masks
-and a metadata.csv with the columns file_name and mask_file_name.
+`load_dataset` takes (train.parquet, validation.parquet, test.parquet), or one with the folders train/images,
+train/masks, validation/images and so on, where an image and its mask have the same name.
 
 Each method is trained once with every learning rate. The best by mean IoU on the validation split is loaded again from
 what was saved, and measured on the test split if there is one. Without a model and data set no network is needed: a
@@ -26,18 +26,15 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from adaptation import (
-    DataArguments,
     ModelArguments,
     adapt,
-    named_data,
     print_table,
-    shortened,
     train_and_evaluate,
 )
 from datasets import Dataset, DatasetDict
 from image_classification import pretrain
-from offline_data import digit_scenes
 from PIL import Image, ImageColor
+from segmentation_data import UNLABELLED, MaskArguments, find_classes, labels_of, load_masks, preprocess
 from sklearn.metrics import confusion_matrix
 from torch import nn
 from torch.nn import functional as F
@@ -59,7 +56,6 @@ from transformers import (
 )
 
 METHODS = ("decoder_only", "lora", "toast", "toast_early", "toast_late", "toast_lite", "full")
-UNLABELLED = 255  # the class that losses of segmentation models leave out
 
 
 @dataclass
@@ -73,24 +69,6 @@ class SegmentationModelArguments(ModelArguments):
     learning_rates: list[float] | None = field(
         default=None, metadata={"help": "Train each method with each of them. Default: once, with --learning_rate."}
     )
-
-
-@dataclass
-class MaskArguments(DataArguments):
-    """Which images and masks to adapt to."""
-
-    image_column_name: str = field(default="image", metadata={"help": "Column of the data set with the images."})
-    mask_column_name: str = field(default="mask", metadata={"help": "Column of the data set with the masks."})
-    class_names: list[str] | None = field(
-        default=None, metadata={"help": "Names of the classes 0, 1, ... Default: as many numbers as the masks have."}
-    )
-    unlabelled: int = field(
-        default=UNLABELLED, metadata={"help": "Value of pixels in the masks that are neither trained on nor counted."}
-    )
-    image_size: int | None = field(
-        default=None, metadata={"help": "Height and width of the model's input. Default: that of the checkpoint."}
-    )
-    num_overlays: int = field(default=4, metadata={"help": "Save so many images with the prediction laid over them."})
 
 
 Arguments: TypeAlias = tuple[SegmentationModelArguments, MaskArguments, TrainingArguments]
@@ -116,58 +94,6 @@ def parse(arguments: list[str] | None = None) -> Arguments:
     if len(model_arguments.method) > 1 and not training_arguments.do_train:
         parser.error("--do_train False evaluates one saved result; name its --method.")
     return model_arguments, data_arguments, training_arguments
-
-
-# ------------------------------------------------------------------------------------------------------------- data
-
-
-def load_masks(arguments: MaskArguments) -> DatasetDict:
-    """The data to adapt to, with the columns "image" and "mask"."""
-    data = named_data(arguments)
-    if data is None:
-        arguments.image_size = arguments.image_size or 16
-        return shortened(digit_scenes(range(5, 10), scenes=80), arguments)
-    columns = {arguments.image_column_name: "image", arguments.mask_column_name: "mask"}
-    data = data.select_columns(list(columns)).rename_columns({old: new for old, new in columns.items() if old != new})
-    return shortened(data, arguments)
-
-
-def find_classes(data: DatasetDict, arguments: MaskArguments) -> list[str]:
-    """Names of the classes in the masks.
-
-    Raises:
-        ValueError: if a mask has a class without a name.
-    """
-    values = {int(value) for split in data.values() for mask in split["mask"] for value in np.unique(mask)}
-    values.discard(arguments.unlabelled)
-    names = arguments.class_names or [str(index) for index in range(max(values) + 1)]
-    if not values <= set(range(min(len(names), UNLABELLED))):
-        raise ValueError(
-            f"The masks have the classes {sorted(values)}, but there are names for 0 to {len(names) - 1}, and "
-            f"{UNLABELLED - 1} is the highest possible. Name the value of unlabelled pixels with --unlabelled."
-        )
-    return names
-
-
-def preprocess(data: Dataset, processor: BaseImageProcessor, unlabelled: int) -> Dataset:
-    """The data with images and masks turned into pixel values and labels when they are read."""
-
-    def transform(rows: dict[str, list]) -> dict[str, torch.Tensor]:
-        images = [image.convert("RGB") for image in rows["image"]]
-        pixel_values = processor(images, return_tensors="pt")["pixel_values"]
-        # Not by the processor: those of DPT and BEiT interpolate between the numbers of the classes.
-        size = pixel_values.shape[:1:-1]
-        masks = [mask.resize(size, Image.Resampling.NEAREST) for mask in rows["mask"]]
-        labels = np.stack([labels_of(mask, unlabelled) for mask in masks])
-        return {"pixel_values": pixel_values, "labels": torch.from_numpy(labels)}
-
-    return data.with_transform(transform)
-
-
-def labels_of(mask: Image.Image, unlabelled: int) -> np.ndarray:
-    """Class of each pixel. Shape: [h, w]"""
-    values = np.asarray(mask, dtype=np.int64)
-    return np.where(values == unlabelled, UNLABELLED, values)
 
 
 # ------------------------------------------------------------------------------------------------------------ model

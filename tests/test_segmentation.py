@@ -8,6 +8,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
+import segmentation_data
 import semantic_segmentation
 import torch
 import transformers as tf
@@ -239,11 +240,11 @@ def write_folder(folder: Path, values: list[int]) -> None:
 def test_folders_of_images_and_masks(tmp_path: Path, data_cache: None) -> None:
     write_folder(tmp_path / "data", [0, 9, 2])
     _, arguments, _ = semantic_segmentation.parse(["--dataset_name", str(tmp_path / "data"), "--unlabelled", "9"])
-    data = semantic_segmentation.load_masks(arguments)
+    data = segmentation_data.load_masks(arguments)
     assert set(data) == {"train", "validation", "test"}
-    assert semantic_segmentation.find_classes(data, arguments) == ["0", "1", "2"]
+    assert segmentation_data.find_classes(data, arguments) == ["0", "1", "2"]
     processor = tf.ViTImageProcessorPil(size={"height": 8, "width": 12}, resample=Image.Resampling.BICUBIC)
-    row = semantic_segmentation.preprocess(data["train"], processor, arguments.unlabelled)[0]
+    row = segmentation_data.preprocess(data["train"], processor, arguments.unlabelled)[0]
     assert row["pixel_values"].shape == (3, 8, 12)
     # Enlarged, but no class in between.
     assert torch.equal(row["labels"], torch.tensor([0, UNLABELLED, 2]).repeat_interleave(4).expand(8, 12))
@@ -254,9 +255,9 @@ def test_masks_with_a_class_without_name(tmp_path: Path, data_cache: None) -> No
     _, arguments, _ = semantic_segmentation.parse(
         ["--dataset_name", str(tmp_path / "data"), "--class_names", "a", "b"]
     )
-    data = semantic_segmentation.load_masks(arguments)
+    data = segmentation_data.load_masks(arguments)
     with pytest.raises(ValueError, match=r"classes \[0, 2, 9\], but there are names for 0 to 1"):
-        semantic_segmentation.find_classes(data, arguments)
+        segmentation_data.find_classes(data, arguments)
 
 
 def test_processors_that_crop_are_refused(tmp_path: Path) -> None:
@@ -319,3 +320,20 @@ def test_without_training_there_is_one_method(capsys: pytest.CaptureFixture) -> 
     with pytest.raises(SystemExit):
         semantic_segmentation.parse(["--do_train", "False"])
     assert "--do_train False evaluates one saved result" in capsys.readouterr().err
+
+
+def test_images_and_masks_in_folders(tmp_path: Path) -> None:
+    for split, count in (("train", 3), ("validation", 2)):
+        for kind, mode in (("images", "RGB"), ("masks", "L")):
+            (tmp_path / split / kind).mkdir(parents=True)
+            for index in range(count):
+                image = Image.new(mode, (4, 4), index if mode == "L" else (index, 0, 0))
+                image.save(tmp_path / split / kind / f"{index}.png")
+    _, arguments, _ = semantic_segmentation.parse(["--dataset_name", str(tmp_path)])
+    data = segmentation_data.load_masks(arguments)
+    assert {split: len(rows) for split, rows in data.items()} == {"train": 3, "validation": 2}
+    row = data["train"][2]
+    assert row["image"].getpixel((0, 0)) == (2, 0, 0) and row["mask"].getpixel((0, 0)) == 2
+    (tmp_path / "train" / "masks" / "1.png").unlink()
+    with pytest.raises(ValueError, match="no mask in .*masks for .*1.png"):
+        segmentation_data.load_masks(arguments)
