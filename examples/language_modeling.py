@@ -9,6 +9,7 @@ standard library learns those of its modules about numbers.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -83,8 +84,8 @@ def load_texts(arguments: TextArguments) -> DatasetDict:
     return shortened(data, arguments)
 
 
-def preprocess(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, block_size: int) -> DatasetDict:
-    """Tokenize the texts, join them and cut them into blocks; what is left at the end is dropped."""
+def blocks_of_tokens(tokenizer: PreTrainedTokenizerBase, block_size: int) -> Callable[[dict], dict]:
+    """A function that tokenizes texts, joins them and cuts them into blocks; what is left at the end is dropped."""
 
     def blocks(rows: dict[str, list]) -> dict[str, list]:
         # Not every tokenizer ends a text by itself.
@@ -94,6 +95,12 @@ def preprocess(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, block_size
         cut = [tokens[start : start + block_size] for start in range(0, len(tokens) - block_size + 1, block_size)]
         return {"input_ids": cut, "labels": [list(block) for block in cut]}
 
+    return blocks
+
+
+def preprocess(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, block_size: int) -> DatasetDict:
+    """The texts as blocks of tokens."""
+    blocks = blocks_of_tokens(tokenizer, block_size)
     return data.map(blocks, batched=True, remove_columns=data["train"].column_names, desc="Tokenizing")
 
 

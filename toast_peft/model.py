@@ -110,6 +110,13 @@ class TopDownModel(BaseTuner):
         losses = [loss for loss in (hook.take() for hook in hooks) if loss is not None]
         return sum(loss.to(losses[0].device) for loss in losses) if losses else torch.zeros(())
 
+    @property
+    def last_variational_loss(self) -> torch.Tensor | None:
+        """The last variational loss that became a part of a loss, times its weight, without gradient; to be logged."""
+        losses = [path.passes.loss_hook.last for _, path in feedback_paths(self.model)]
+        found = [loss for loss in losses if loss is not None]
+        return sum(loss.to(found[0].device) for loss in found) if found else None
+
     # --------------------------------------------------------------------------------------- switching and removing
 
     def delete_adapter(self, adapter_name: str) -> None:

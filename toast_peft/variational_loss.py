@@ -68,10 +68,14 @@ class LossHook:
     Args:
         model: the module that returns the loss.
         state: has the `variational_loss` that this thread's last forward has left.
+
+    Attributes:
+        last: the last one that became a part of a loss, for logging.
     """
 
     def __init__(self, model: nn.Module, state: threading.local) -> None:
         self.state = state
+        self.last: torch.Tensor | None = None
         self.handle = model.register_forward_hook(self.add_to_loss, with_kwargs=True)
 
     def add_to_loss(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
@@ -91,6 +95,8 @@ class LossHook:
     def take(self) -> torch.Tensor | None:
         """The variational loss of the last forward, which is then forgotten."""
         loss, self.state.variational_loss = self.state.variational_loss, None
+        if loss is not None:
+            self.last = loss.detach()
         return loss
 
     def remove(self) -> None:
