@@ -1,4 +1,4 @@
-"""What the two example scripts share: the methods to compare, the arguments, and a run from data to saved adapter."""
+"""What the example scripts share: the methods to compare, the arguments, and a run from data to saved adapter."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +15,8 @@ METHODS = ("linear_probe", "lora", "toast", "toast_lite", "full")
 
 
 @dataclass
-class ModelArguments:
-    """Which model to adapt, and how."""
+class BaseModelArguments:
+    """Which model to adapt."""
 
     model_name_or_path: str | None = field(
         default=None,
@@ -26,6 +26,12 @@ class ModelArguments:
         },
     )
     pretraining_steps: int = field(default=800, metadata={"help": "Steps of pre-training of this default model."})
+
+
+@dataclass
+class ModelArguments(BaseModelArguments):
+    """Which model to adapt, and how."""
+
     method: str = field(default="toast", metadata={"help": "What is trained.", "choices": METHODS})
     adapter_name_or_path: str | None = field(
         default=None, metadata={"help": "A saved adapter to start from, instead of a new one of the method."}
@@ -100,10 +106,14 @@ def adapt(model: PreTrainedModel, arguments: ModelArguments, trainable: bool, **
     return get_peft_model(model, config[arguments.method])
 
 
+def number_of_trainable_parameters(model: nn.Module) -> int:
+    """How many numbers are trained."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
 def train_and_evaluate(trainer: Trainer) -> dict[str, float]:
     """Train, save the model or adapter, and evaluate before and after, as far as the training arguments ask for it."""
-    parameters = trainer.model.parameters()
-    metrics = {"trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad)}
+    metrics = {"trainable_parameters": number_of_trainable_parameters(trainer.model)}
     if trainer.args.do_train:
         metrics |= trainer.evaluate(metric_key_prefix="before")
         metrics |= trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint).metrics

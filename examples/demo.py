@@ -96,17 +96,21 @@ def print_table(rows: list[tuple[str, ...]]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
+def only_progress_of_training() -> None:
+    """Of the progress bars leave those of the training; that a model gets a new head is not worth a page each time."""
+    transformers.logging.disable_progress_bar()
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(lambda record: "LOAD REPORT" not in record.getMessage())
+    datasets.disable_progress_bars()
+
+
 def main() -> None:
     """Run the demo; exits with an error if a reloaded adapter does not reproduce its evaluation."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs"), help="Everything is written below it.")
     parser.add_argument("--short", action="store_true", help="A quick run, below `short` in the output folder.")
     arguments = parser.parse_args()
-    # Of the bars only those of the training; and that a model gets a new head is not worth a page at each loading.
-    transformers.logging.disable_progress_bar()
-    logger = logging.getLogger("transformers.modeling_utils")
-    logger.addFilter(lambda record: "LOAD REPORT" not in record.getMessage())
-    datasets.disable_progress_bars()
+    only_progress_of_training()
     folder = arguments.output_dir / "short" if arguments.short else arguments.output_dir
     rows = [("task", "method", "trainable parameters", "metric", "before", "after", "seconds", "saved in")]
     for task in TASKS:
