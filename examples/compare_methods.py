@@ -276,9 +276,11 @@ def make_processor(base: str, image_size: int | None) -> BaseImageProcessor:
     return AutoImageProcessor.from_pretrained(base, backend="pil", **sizes)
 
 
-def to_markdown(rows: list[dict[str, Any]], batch_size: int) -> str:
-    """The table."""
+def to_markdown(rows: list[dict[str, Any]], arguments: ComparisonArguments, batch_size: int) -> str:
+    """The table, and what its numbers are."""
     lines = [
+        f"Mean and standard deviation over {arguments.seeds} seeds, with the best of {arguments.tries} learning rates "
+        "and weight decays on the validation split.\n",
         "| method | trainable parameters | test accuracy | learning rate | weight decay "
         f"| GFLOPs / step of {batch_size} | activations kept, MB | seconds |",
         "|---|---|---|---|---|---|---|---|",
@@ -287,8 +289,8 @@ def to_markdown(rows: list[dict[str, Any]], batch_size: int) -> str:
         deviation = "" if row["deviation"] is None else f" ± {row['deviation']:.3f}"
         lines.append(
             f"| {row['method']} | {row['trainable_parameters']:,} | {row['accuracy']:.3f}{deviation} "
-            f"| {row['learning_rate']:.1e} | {row['weight_decay']:.1e} | {row['flops_per_step'] / 1e9:.3g} "
-            f"| {row['activation_megabytes']:.3g} | {row['seconds']:.1f} |"
+            f"| {row['learning_rate']:.1e} | {row['weight_decay']:.1e} | {row['flops_per_step'] / 1e9:.4g} "
+            f"| {row['activation_megabytes']:.4g} | {row['seconds']:.1f} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -390,7 +392,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     comparison = prepare(comparison_arguments, image_arguments, training_arguments)
     with comparison.progress:
         rows = [comparison.row(method) for method in comparison_arguments.methods]
-    table = to_markdown(rows, training_arguments.per_device_train_batch_size)
+    table = to_markdown(rows, comparison_arguments, training_arguments.per_device_train_batch_size)
     folder = Path(training_arguments.output_dir)
     (folder / "comparison.md").write_text(table)
     plot(rows).savefig(folder / "comparison.png", dpi=150)

@@ -1,6 +1,7 @@
 """The methods that `compare_methods.py` compares: what each of them trains in an image classifier.
 
-All train the new head as well. The head, the base model and the order of the images are the same for all of them.
+All train the new head as well. With the same seed they all start from the same head and see the images in the same
+order. A linear probe could be trained on stored features; here it runs the model in each step, as the others do.
 """
 
 import math

@@ -68,8 +68,9 @@ def test_table_plot_and_resuming(script: Callable, trainings: list, tmp_path: Pa
     assert len(stored_runs(folder)) == 4
 
     lines = (folder / "comparison.md").read_text().splitlines()
-    assert len(lines) == 4
-    for line, row, entry in zip(lines[2:], rows, stored_runs(folder)[1::2], strict=True):
+    assert "over 1 seeds, with the best of 1 learning rates" in lines[0]
+    assert len(lines) == 6
+    for line, row, entry in zip(lines[4:], rows, stored_runs(folder)[1::2], strict=True):
         assert line.startswith(f"| {row['method']} | {row['trainable_parameters']:,} | {row['accuracy']:.3f} |")
         assert row["accuracy"] == entry["metrics"]["accuracy"]
         assert row["accuracy"] * 24 == pytest.approx(round(row["accuracy"] * 24))
@@ -89,6 +90,32 @@ def test_more_seeds_and_tries_only_add_runs(script: Callable, tmp_path: Path) ->
     assert row["deviation"] == pytest.approx(accuracies.std().item())
     script("--methods", "linear", "--tries", "2")
     assert sum(entry["run"]["evaluated_on"] == "validation" for entry in stored_runs(tmp_path / "comparison")) == 2
+
+
+def test_all_methods_start_from_the_same_head_and_see_the_images_in_the_same_order(
+    script: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heads, batches = [], []
+    train, step = Trainer.train, Trainer.training_step
+
+    def recorded_train(trainer: Trainer) -> object:
+        trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+        heads.append(next(p.detach().clone() for name, p in trained.items() if "classifier" in name))
+        return train(trainer)
+
+    def recorded_step(trainer: Trainer, model: nn.Module, inputs: dict, *args: object) -> torch.Tensor:
+        batches.append(inputs["pixel_values"])
+        return step(trainer, model, inputs, *args)
+
+    monkeypatch.setattr(Trainer, "train", recorded_train)
+    monkeypatch.setattr(Trainer, "training_step", recorded_step)
+    script("--methods", "full", "vpt-deep", "toast", "--per_device_train_batch_size", "20", "--seeds", "2")
+    assert len(heads) == len(batches) == 9  # one step for the search and for each of two seeds
+    for records in (heads, batches):
+        of_full, of_vpt, of_toast = records[:3], records[3:6], records[6:]
+        for run in range(3):
+            assert torch.equal(of_vpt[run], of_full[run]) and torch.equal(of_toast[run], of_full[run])
+        assert not torch.equal(of_full[1], of_full[2])
 
 
 def test_results_of_other_settings_are_refused(script: Callable) -> None:
