@@ -40,7 +40,6 @@ from image_classification import (
     preprocess,
 )
 from matplotlib.figure import Figure
-from sklearn.model_selection import train_test_split
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.quasirandom import SobolEngine
 from torch.utils.data import DataLoader
@@ -140,7 +139,7 @@ class Comparison:
         arguments, training_arguments: those of the script.
         base: name of the base model.
         classes: a data set with the classes.
-        rows: the images as tensors: "train", "test", and of "train" the parts "search" and "validation".
+        rows: the images of the splits as tensors; "train" is "search" and "validation".
         results: the runs so far.
         progress: a bar that counts the runs.
     """
@@ -247,26 +246,43 @@ def training_step_cost(model: torch.nn.Module, batch: dict[str, Any]) -> dict[st
     }
 
 
-def subset(data: Dataset, size: int | None, seed: int) -> Dataset:
-    """So many rows of a data set at most, of all classes alike."""
-    if size is None or size >= len(data):
-        return data
-    return data.train_test_split(train_size=size, stratify_by_column="label", seed=seed)["train"]
+def stratified(data: Dataset, seed: int, **size: float) -> DatasetDict:
+    """Two parts of a data set, "train" and "test", with the same mixture of classes.
+
+    Raises:
+        ValueError: if there are too few images for this.
+    """
+    try:
+        return data.train_test_split(stratify_by_column="label", seed=seed, **size)
+    except ValueError as error:
+        [(name, value)] = size.items()
+        raise ValueError(
+            f"{len(data)} images of {data.features['label'].num_classes} classes cannot be split into two parts that "
+            f"have all classes with {name}={value} ({error}). Change --max_train_samples, --max_eval_samples or "
+            "--validation_share."
+        ) from error
 
 
-def load_rows(data: DatasetDict, processor: BaseImageProcessor, share: float, seed: int) -> dict[str, Rows]:
-    """All images, decoded and preprocessed once."""
-    rows = {}
-    for name, split in (("train", data["train"]), ("test", data["validation"])):
-        batches = preprocess(split, processor).iter(batch_size=64)
-        rows[name] = [
-            {"pixel_values": image, "labels": label}
-            for batch in batches
-            for image, label in zip(batch["pixel_values"], batch["labels"], strict=True)
-        ]
-    labels = [row["labels"] for row in rows["train"]]
-    parts = train_test_split(rows["train"], test_size=share, stratify=labels, random_state=seed)
-    return rows | dict(zip(("search", "validation"), parts, strict=True))
+def split(data: DatasetDict, arguments: ImageArguments, validation_share: float, seed: int) -> DatasetDict:
+    """The splits "search", "validation" and "test", with at most as many images as the arguments allow."""
+    limits = {"train": arguments.max_train_samples, "validation": arguments.max_eval_samples}
+    chosen = {
+        name: data[name]
+        if limit is None or limit >= len(data[name])
+        else stratified(data[name], seed, train_size=limit)["train"]
+        for name, limit in limits.items()
+    }
+    parts = stratified(chosen["train"], seed, test_size=validation_share)
+    return DatasetDict(search=parts["train"], validation=parts["test"], test=chosen["validation"])
+
+
+def load_rows(data: Dataset, processor: BaseImageProcessor) -> Rows:
+    """All images of a split, decoded and preprocessed once."""
+    return [
+        {"pixel_values": image, "labels": label}
+        for batch in preprocess(data, processor).iter(batch_size=64)
+        for image, label in zip(batch["pixel_values"], batch["labels"], strict=True)
+    ]
 
 
 def make_processor(base: str, image_size: int | None) -> BaseImageProcessor:
@@ -370,10 +386,10 @@ def prepare(
     set_seed(seed)
     base = base_model_name(arguments, training_arguments.output_dir)
     data = load_images(replace(image_arguments, max_train_samples=None, max_eval_samples=None))
-    data["train"] = subset(data["train"], image_arguments.max_train_samples, seed)
-    data["validation"] = subset(data["validation"], image_arguments.max_eval_samples, seed)
+    splits = split(data, image_arguments, arguments.validation_share, seed)
     processor = make_processor(base, arguments.image_size)
-    rows = load_rows(data, processor, arguments.validation_share, seed)
+    rows = {name: load_rows(images, processor) for name, images in splits.items()}
+    rows["train"] = rows["search"] + rows["validation"]
     number_of_runs = len(arguments.methods) * (arguments.tries + arguments.seeds)
     return Comparison(arguments, training_arguments, base, data, rows, results, tqdm(total=number_of_runs))
 

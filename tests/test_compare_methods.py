@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import compare_methods
@@ -151,24 +152,40 @@ def test_all_methods_are_searched_in_the_same_way() -> None:
     assert 1e-3 <= decays.min() < 1e-2 and 0.1 < decays.max() <= 1
 
 
-def test_the_search_is_on_a_part_of_the_training_images() -> None:
+def test_splits_have_all_classes_and_no_image_in_common() -> None:
+    _, images, _ = compare_methods.parse(["--max_train_samples", "25", "--max_eval_samples", "40"])
+    data = compare_methods.load_images(replace(images, max_train_samples=None, max_eval_samples=None))
+    splits = compare_methods.split(data, images, validation_share=0.4, seed=0)
+    assert {name: len(part) for name, part in splits.items()} == {"search": 15, "validation": 10, "test": 40}
+    for name, of_each_class in (("search", 3), ("validation", 2), ("test", 8)):
+        assert sorted(splits[name]["label"]) == [label for label in range(5) for _ in range(of_each_class)]
+    pixels = {name: {image.tobytes() for image in part["image"]} for name, part in splits.items()}
+    assert len(pixels["search"] | pixels["validation"] | pixels["test"]) == 65
+    assert pixels["search"] | pixels["validation"] <= {image.tobytes() for image in data["train"]["image"]}
+
+
+def test_images_are_kept_as_the_processor_gives_them() -> None:
     _, images, _ = compare_methods.parse([])
-    data = compare_methods.load_images(images)
-    train = compare_methods.subset(data["train"], 25, seed=0)
-    assert sorted(train["label"]) == [label for label in range(5) for _ in range(5)]
+    data = compare_methods.load_images(images)["train"]
     processor = ViTImageProcessorPil(size={"height": 8, "width": 8})
-    rows = compare_methods.load_rows(data | {"train": train}, processor, share=0.4, seed=0)
-    assert {name: len(part) for name, part in rows.items()} == {
-        "train": 25,
-        "test": len(data["validation"]),
-        "search": 15,
-        "validation": 10,
-    }
-    identities = {name: {id(row) for row in part} for name, part in rows.items()}
-    assert identities["search"] | identities["validation"] == identities["train"]
-    assert sorted(row["labels"] for row in rows["validation"]) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
-    expected = processor(train[7]["image"].convert("RGB"), return_tensors="pt")["pixel_values"][0]
-    assert torch.equal(rows["train"][7]["pixel_values"], expected)
+    rows = compare_methods.load_rows(data, processor)
+    assert [row["labels"] for row in rows] == list(data["label"])
+    expected = processor(data[7]["image"].convert("RGB"), return_tensors="pt")["pixel_values"][0]
+    assert torch.equal(rows[7]["pixel_values"], expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--max_train_samples", "4"], "50 images of 5 classes cannot be split .* with train_size=4 .* Change --max"),
+        (["--validation_share", "0.05"], "50 images of 5 classes cannot be split .* with test_size=0.05 .* Change"),
+    ],
+)
+def test_too_few_images(arguments: list[str], message: str) -> None:
+    comparison, images, _ = compare_methods.parse(arguments)
+    data = compare_methods.load_images(replace(images, max_train_samples=None))
+    with pytest.raises(ValueError, match=message):
+        compare_methods.split(data, images, comparison.validation_share, seed=0)
 
 
 def toast_names(blocks: range, factors: tuple[str, ...] = ("",)) -> set[str]:
