@@ -86,6 +86,7 @@ class Run:
     learning_rate: float
     weight_decay: float
     seed: int
+    pretrained_feedback: str | None = None
 
 
 class Results:
@@ -168,7 +169,7 @@ class Comparison:
         batches = DataLoader(rows, batch_size, shuffle=True, collate_fn=self._collate)
         model.to(self.training_arguments.device)
         start = time.perf_counter()
-        model = apply_method(model, run.method, batches, self.arguments.pretrained_feedback)
+        model = apply_method(model, run.method, batches, run.pretrained_feedback)
         trainer = self._make_trainer(model, rows, run)
         trainer.train()
         seconds = time.perf_counter() - start
@@ -199,8 +200,9 @@ class Comparison:
 
     def search(self, method: str) -> Run:
         """The learning rate and weight decay with the best validation accuracy; of equal ones with the lowest loss."""
-        seed = self.training_arguments.seed
-        runs = [Run(method, "validation", *point, seed) for point in search_points(method, self.arguments.tries)]
+        points = search_points(method, self.arguments.tries)
+        start_from = self.arguments.pretrained_feedback if method == "toast-pretuned" else None
+        runs = [Run(method, "validation", *point, self.training_arguments.seed, start_from) for point in points]
         measured = {run: self.metrics(run) for run in runs}
         return max(runs, key=lambda run: (measured[run]["accuracy"], -measured[run]["loss"]))
 
@@ -372,7 +374,7 @@ def settings_of(
 ) -> dict[str, Any]:
     """What all runs must have in common to be compared."""
     settings = asdict(arguments) | asdict(image_arguments) | training_arguments.to_dict()
-    free = ("methods", "tries", "seeds", "output_dir", "disable_tqdm")
+    free = ("methods", "tries", "seeds", "pretrained_feedback", "output_dir", "disable_tqdm")
     return {name: value for name, value in settings.items() if name not in free}
 
 

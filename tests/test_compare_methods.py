@@ -36,6 +36,19 @@ def script(tmp_path: Path) -> Callable:
 
 
 @pytest.fixture
+def pretrained_feedback(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
+    """What TOAST was to start from, instead of which it starts anew; for each of its configs."""
+    paths = []
+
+    def config(pretrained_feedback: str | None = None, **options: object) -> TopDownConfig:
+        paths.append(pretrained_feedback)
+        return TopDownConfig(**options)
+
+    monkeypatch.setattr(fine_tuning_methods, "TopDownConfig", config)
+    return paths
+
+
+@pytest.fixture
 def trainings(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, float]]:
     """Number of images and learning rate of each training from now on; the third one is interrupted."""
     sizes = []
@@ -93,6 +106,18 @@ def test_more_seeds_and_tries_only_add_runs(script: Callable, tmp_path: Path) ->
     assert sum(entry["run"]["evaluated_on"] == "validation" for entry in stored_runs(tmp_path / "comparison")) == 2
 
 
+def test_pretrained_feedback_is_for_one_method(
+    script: Callable, pretrained_feedback: list[str | None], tmp_path: Path
+) -> None:
+    script("--methods", "toast")
+    script("--methods", "toast", "toast-pretuned", "--pretrained_feedback", "saved")
+    script("--methods", "toast", "toast-pretuned", "--pretrained_feedback", "other")
+    runs = [entry["run"] for entry in stored_runs(tmp_path / "comparison")]
+    assert [run["method"] for run in runs] == ["toast"] * 2 + ["toast-pretuned"] * 4
+    assert pretrained_feedback == [run["pretrained_feedback"] for run in runs]
+    assert pretrained_feedback == [None, None, "saved", "saved", "other", "other"]
+
+
 def test_all_methods_start_from_the_same_head_and_see_the_images_in_the_same_order(
     script: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,13 +135,14 @@ def test_all_methods_start_from_the_same_head_and_see_the_images_in_the_same_ord
 
     monkeypatch.setattr(Trainer, "train", recorded_train)
     monkeypatch.setattr(Trainer, "training_step", recorded_step)
-    script("--methods", "full", "vpt-deep", "toast", "--per_device_train_batch_size", "20", "--seeds", "2")
-    assert len(heads) == len(batches) == 9  # one step for the search and for each of two seeds
+    script("--methods", "linear", "vpt-deep", "toast", "--per_device_train_batch_size", "10")
+    assert len(heads) == 6  # for each method one of the search and one for the table
+    assert len(batches) == 12  # with two steps each
     for records in (heads, batches):
-        of_full, of_vpt, of_toast = records[:3], records[3:6], records[6:]
-        for run in range(3):
-            assert torch.equal(of_vpt[run], of_full[run]) and torch.equal(of_toast[run], of_full[run])
-        assert not torch.equal(of_full[1], of_full[2])
+        of_linear, of_vpt, of_toast = zip(*[iter(records)] * (len(records) // 3), strict=True)
+        for linear, vpt, toast in zip(of_linear, of_vpt, of_toast, strict=True):
+            assert torch.equal(vpt, linear) and torch.equal(toast, linear)
+    assert not torch.equal(batches[2], batches[3])
 
 
 def test_results_of_other_settings_are_refused(script: Callable) -> None:
@@ -225,21 +251,18 @@ TRAINABLE = {
 
 
 @pytest.mark.parametrize("method", LEARNING_RATES)
-def test_trainable_parameters(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trainable_parameters(
+    method: str, monkeypatch: pytest.MonkeyPatch, pretrained_feedback: list[str | None]
+) -> None:
     calls = []
     monkeypatch.setattr(toast_peft, "initialize_feedback", lambda *args: calls.append(args), raising=False)
-    monkeypatch.setattr(
-        fine_tuning_methods,
-        "TopDownConfig",
-        lambda pretrained_feedback=None, **options: calls.append(pretrained_feedback) or TopDownConfig(**options),
-    )
     model = apply_method(tiny_model(ViTForImageClassification), method, "batches", "saved")
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     for addition in ("base_model.model.", ".default", ".modules_to_save"):
         names = {name.replace(addition, "") for name in names}
     assert names == TRAINABLE[method] | HEAD
-    assert ("saved" in calls) == (method == "toast-pretuned")
-    assert ((model, "batches") in calls) == (method == "toast-initialized")
+    assert ("saved" in pretrained_feedback) == (method == "toast-pretuned")
+    assert calls == ([(model, "batches")] if method == "toast-initialized" else [])
 
 
 def prompted_logits(model: ViTForImageClassification, prompts: torch.Tensor) -> torch.Tensor:
