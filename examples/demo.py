@@ -57,6 +57,14 @@ TASKS = (
 )
 
 
+def only_progress_of_training() -> None:
+    """Of the progress bars leave those of the training; that a model gets a new head is not worth a page each time."""
+    transformers.logging.disable_progress_bar()
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(lambda record: "LOAD REPORT" not in record.getMessage())
+    datasets.disable_progress_bars()
+
+
 def compare(task: Task, folder: Path, extra_arguments: tuple[str, ...]) -> list[tuple[str, ...]]:
     """Adapt with each method of a task, and evaluate each result once more from its saved form.
 
@@ -94,14 +102,6 @@ def print_table(rows: list[tuple[str, ...]]) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def only_progress_of_training() -> None:
-    """Of the progress bars leave those of the training; that a model gets a new head is not worth a page each time."""
-    transformers.logging.disable_progress_bar()
-    logger = logging.getLogger("transformers.modeling_utils")
-    logger.addFilter(lambda record: "LOAD REPORT" not in record.getMessage())
-    datasets.disable_progress_bars()
 
 
 def main() -> None:
