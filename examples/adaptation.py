@@ -64,8 +64,8 @@ def named_data(arguments: DataArguments) -> DatasetDict | None:
     else:
         return None
     if "validation" not in data:
-        held_out = data["train"].train_test_split(0.1, seed=0)
-        data = DatasetDict(train=held_out["train"], validation=data.get("test", held_out["test"]))
+        held_out = data if "test" in data else data["train"].train_test_split(0.1, seed=0)
+        data = DatasetDict(train=held_out["train"], validation=held_out["test"])
     return data
 
 
