@@ -71,7 +71,13 @@ class ComparisonArguments(BaseModelArguments):
     )
     tries: int = field(default=3, metadata={"help": "Learning rates and weight decays tried for each method."})
     seeds: int = field(default=3, metadata={"help": "How often the best of these is trained and tested."})
-    validation_share: float = field(default=0.2, metadata={"help": "Part of the training images for the search."})
+    validation_share: float = field(
+        default=0.2,
+        metadata={
+            "help": "Part of the training images that the tries are compared on. With a handful of images, as of the "
+            "offline digits, the choice is much of a chance."
+        },
+    )
     pretrained_feedback: str | None = field(
         default=None, metadata={"help": "Saved TOAST adapter that the method toast-pretuned starts from."}
     )
