@@ -17,8 +17,8 @@ _QUERY_AND_VALUE = ["q_proj", "v_proj", "query", "value"]
 
 
 @dataclass
-class ModelArguments:
-    """Which model to adapt, and how."""
+class BaseModelArguments:
+    """Which model to adapt."""
 
     model_name_or_path: str | None = field(
         default=None,
@@ -28,6 +28,12 @@ class ModelArguments:
         },
     )
     pretraining_steps: int = field(default=800, metadata={"help": "Steps of pre-training of this default model."})
+
+
+@dataclass
+class ModelArguments(BaseModelArguments):
+    """Which model to adapt, and how."""
+
     method: str = field(default="toast", metadata={"help": "What is trained.", "choices": METHODS})
     adapter_name_or_path: str | None = field(
         default=None, metadata={"help": "A saved adapter to start from, instead of a new one of the method."}
@@ -60,8 +66,8 @@ def named_data(arguments: DataArguments) -> DatasetDict | None:
     else:
         return None
     if "validation" not in data:
-        held_out = data["train"].train_test_split(0.1, seed=0)
-        data = DatasetDict(train=held_out["train"], validation=data.get("test", held_out["test"]))
+        held_out = data if "test" in data else data["train"].train_test_split(0.1, seed=0)
+        data = DatasetDict(train=held_out["train"], validation=held_out["test"])
     return data
 
 
@@ -107,10 +113,14 @@ def adapt(model: PreTrainedModel, arguments: ModelArguments, trainable: bool, **
     return get_peft_model(model, config[arguments.method])
 
 
+def number_of_trainable_parameters(model: nn.Module) -> int:
+    """How many numbers are trained."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
 def train_and_evaluate(trainer: Trainer) -> dict[str, float]:
     """Train, save the model or adapter, and evaluate before and after, as far as the training arguments ask for it."""
-    parameters = trainer.model.parameters()
-    metrics = {"trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad)}
+    metrics = {"trainable_parameters": number_of_trainable_parameters(trainer.model)}
     if trainer.args.do_train:
         metrics |= trainer.evaluate(metric_key_prefix="before")
         metrics |= trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint).metrics

@@ -58,6 +58,14 @@ TASKS = (
 )
 
 
+def only_progress_of_training() -> None:
+    """Of the progress bars leave those of the training; that a model gets a new head is not worth a page each time."""
+    transformers.logging.disable_progress_bar()
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(lambda record: "LOAD REPORT" not in record.getMessage())
+    datasets.disable_progress_bars()
+
+
 def compare(task: Task, folder: Path, extra_arguments: tuple[str, ...]) -> list[tuple[str, ...]]:
     """Adapt with each method of a task, and evaluate each result once more from its saved form.
 
@@ -96,11 +104,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs"), help="Everything is written below it.")
     parser.add_argument("--short", action="store_true", help="A quick run, below `short` in the output folder.")
     arguments = parser.parse_args()
-    # Of the bars only those of the training; and that a model gets a new head is not worth a page at each loading.
-    transformers.logging.disable_progress_bar()
-    logger = logging.getLogger("transformers.modeling_utils")
-    logger.addFilter(lambda record: "LOAD REPORT" not in record.getMessage())
-    datasets.disable_progress_bars()
+    only_progress_of_training()
     folder = arguments.output_dir / "short" if arguments.short else arguments.output_dir
     rows = [("task", "method", "trainable parameters", "metric", "before", "after", "seconds", "saved in")]
     for task in TASKS:

@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from adaptation import DataArguments, ModelArguments, adapt, named_data, shortened, train_and_evaluate
+from adaptation import (
+    BaseModelArguments,
+    DataArguments,
+    ModelArguments,
+    adapt,
+    named_data,
+    shortened,
+    train_and_evaluate,
+)
 from datasets import ClassLabel, Dataset, DatasetDict
 from offline_data import handwritten_digits
 from sklearn.metrics import accuracy_score
@@ -149,6 +157,16 @@ def pretrain(folder: Path, steps: int) -> None:
     model.vit.save_pretrained(folder)
 
 
+def base_model_name(arguments: BaseModelArguments, output_dir: str) -> str:
+    """The name of the model to adapt; if none is given the small ViT, which is pre-trained at first use."""
+    if arguments.model_name_or_path is not None:
+        return arguments.model_name_or_path
+    folder = Path(output_dir).parent / "small_vit"
+    if not (folder / "model.safetensors").exists():
+        pretrain(folder, arguments.pretraining_steps)
+    return str(folder)
+
+
 def load_model(name: str, data: DatasetDict) -> tuple[PreTrainedModel, BaseImageProcessor]:
     """A classifier for the classes of the data, its head new unless it fits, and the processor of its images."""
     classes = data["train"].features["label"].names
@@ -172,14 +190,10 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     """
     model_arguments, data_arguments, training_arguments = parse(arguments)
     set_seed(training_arguments.seed)
-    base = model_arguments.model_name_or_path
-    if base is None:
-        base = Path(training_arguments.output_dir).parent / "small_vit"
-        if not (base / "model.safetensors").exists():
-            pretrain(base, model_arguments.pretraining_steps)
+    base = base_model_name(model_arguments, training_arguments.output_dir)
     data = load_images(data_arguments)
     set_seed(training_arguments.seed)  # the same new head whether or not the base model was pre-trained just now
-    model, processor = load_model(str(base), data)
+    model, processor = load_model(base, data)
     head = [name for name, _ in model.named_children() if name != model.base_model_prefix]
     model = adapt(model, model_arguments, trainable=training_arguments.do_train, modules_to_save=head)
     return train_and_evaluate(make_trainer(model, processor, data, training_arguments))

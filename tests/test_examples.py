@@ -100,6 +100,17 @@ def test_images_from_parquet_files(tmp_path: Path, data_cache: None) -> None:
     assert data["train"].features["label"].names == ["0", "1", "2", "3", "4"]
 
 
+def test_nothing_is_held_out_for_validation_if_there_is_a_test_split(tmp_path: Path, data_cache: None) -> None:
+    digits = handwritten_digits(range(5, 10), examples_per_class=4)
+    digits["train"].to_parquet(tmp_path / "train.parquet")
+    digits["validation"].to_parquet(tmp_path / "test.parquet")
+    _, arguments, _ = image_classification.parse(["--dataset_name", str(tmp_path)])
+    data = named_data(arguments)
+    assert {split: list(rows["label"]) for split, rows in data.items()} == {
+        split: list(rows["label"]) for split, rows in digits.items()
+    }
+
+
 @pytest.mark.parametrize("suffix", ["txt", "jsonl"])
 def test_texts_from_a_file(suffix: str, output_dir: Path, tmp_path: Path, data_cache: None) -> None:
     lines = [" ".join(text.split()) for text in library_docstrings(numeric=True)["train"]["text"][:60]]
