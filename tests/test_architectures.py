@@ -298,3 +298,24 @@ def test_hybrid_gets_feedback_where_it_has_value_projections(variant: str) -> No
     options = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     found, recomputed = (model.generate(**inputs_of(model), use_cache=cache, **options) for cache in (True, False))
     torch.testing.assert_close(torch.stack(found.logits), torch.stack(recomputed.logits), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", RANGES)
+@pytest.mark.parametrize("model_class", [tf.RobertaForCausalLM, tf.GPT2LMHeadModel])
+def test_decoder_with_cross_attention_of_its_own(model_class: type, variant: str) -> None:
+    """As in an encoder-decoder of two models: the keys and values of the encoder's states are cached too."""
+    config_class, options = next(
+        row for cls, row in FURTHER_MODELS.items() if cls.__name__[:4] == model_class.__name__[:4]
+    )
+    torch.manual_seed(0)
+    base = model_class(config_class(**options, is_decoder=True, add_cross_attention=True)).eval()
+    model = adapted(base, **RANGES[variant])
+    turn(model)
+    ids, states = inputs_of(model)["input_ids"], torch.randn(2, 3, 32)
+    with torch.no_grad():
+        whole = model(input_ids=ids, encoder_hidden_states=states, use_cache=False).logits
+        first = model(input_ids=ids[:, :6], encoder_hidden_states=states)
+        cache = first.past_key_values
+        rest = model(input_ids=ids[:, 6:], encoder_hidden_states=states, past_key_values=cache).logits
+    assert isinstance(cache, tf.EncoderDecoderCache) and all(cache.is_updated.values())
+    torch.testing.assert_close(torch.cat([first.logits, rest], dim=1), whole, rtol=1e-4, atol=1e-4)

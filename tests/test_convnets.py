@@ -16,7 +16,7 @@ from torch import nn
 
 from toast_peft import TopDownConfig
 from toast_peft.convolutional_feedback import ConvolutionalFeedbackLayer
-from toast_peft.stage_stack import Node
+from toast_peft.stage_stack import StageShape
 
 from .convnets import (
     CLASSIFIERS,
@@ -114,7 +114,7 @@ def test_normalize_features(model_class: type) -> None:
 @pytest.mark.parametrize(("channels", "to"), [(12, 4), (10, 4), (4, 4), (3, 5)])
 def test_start_of_the_chain(channels: int, to: int) -> None:
     """Full and Lite start from the same map, in which every channel has a part."""
-    z, node = torch.randn(2, channels, 3, 2), Node(nn.Conv2d(1, 1, 1), to, channels, 2)
+    z, node = torch.randn(2, channels, 3, 2), StageShape(nn.Conv2d(1, 1, 1), to, channels, 2)
     layer = ConvolutionalFeedbackLayer(node)
     layer.update_layer("full", TopDownConfig())
     layer.update_layer("lite", TopDownConfig(r=2))

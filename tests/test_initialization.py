@@ -160,6 +160,58 @@ def test_second_adapter_and_other_state(tmp_path: Path) -> None:
 def test_what_does_not_fit(name: str, data: list | None) -> None:
     model = adapted(tiny_model(tf.ViTModel))
     before = {key: p.clone() for key, p in model.named_parameters()}
-    with pytest.raises(ValueError, match="`adapter_name` is 'other'.*default" if name == "other" else "gave no batch"):
+    with pytest.raises(
+        ValueError, match="`adapter_name` is 'other'.*default" if name == "other" else "gave no tokens"
+    ):
         initialize_feedback(model, batches(model) if data is None else data, name)
     assert all(torch.equal(p, before[key]) for key, p in model.named_parameters())
+
+
+def test_each_stack_leaves_out_its_own_padding() -> None:
+    """A decoder's tokens are not those of the encoder's mask; labels make the decoder's inputs."""
+    model = adapted(tiny_model(tf.T5ForConditionalGeneration))
+    ids = inputs_of(model)["input_ids"]
+    padded = ids.clone()
+    padded[:, 6:] = 0
+    labels = torch.cat([ids[:, :4], torch.full((2, 5), -100)], dim=1)
+    prompts = {}
+    for name, batch in {
+        "all": {"input_ids": ids, "labels": labels},
+        "encoder": {"input_ids": padded, "attention_mask": (padded != 0).long(), "labels": labels},
+        "decoder": {"input_ids": ids, "labels": labels, "decoder_attention_mask": (labels != -100).long()},
+    }.items():
+        initialize_feedback(model, [batch])
+        prompts[name] = [p.clone() for key, p in model.named_parameters() if "topdown_prompt" in key]
+    assert not torch.allclose(prompts["all"][0], prompts["encoder"][0])  # the encoder's prompt
+    assert torch.equal(prompts["all"][0], prompts["decoder"][0])
+    assert not torch.allclose(prompts["all"][1], prompts["decoder"][1])  # the decoder's
+
+
+def test_chain_from_elsewhere_is_kept(tmp_path: Path) -> None:
+    source = adapted(tiny_model(tf.ViTModel))
+    add_noise(*(p for name, p in source.named_parameters() if "topdown_" in name))
+    source.save_pretrained(tmp_path)
+    model = adapted(tiny_model(tf.ViTModel), pretrained_feedback=str(tmp_path))
+    initialize_feedback(model, batches(model))
+    for name, parameter in model.named_parameters():
+        if "topdown_" in name:
+            assert torch.equal(parameter, source.get_parameter(name)) == ("topdown_prompt" not in name)
+
+
+def test_modes_of_modules_are_kept() -> None:
+    model = adapted(tiny_model(tf.ViTModel)).train()
+    frozen = model.get_base_model().layernorm.eval()
+    initialize_feedback(model, batches(model))
+    assert model.training and not frozen.training
+
+
+@pytest.mark.parametrize("batch", [(torch.zeros(1, 3, 8, 8),), {"input_ids": 0}], ids=["tuple", "all padding"])
+def test_batches_that_do_not_fit(batch: tuple | dict) -> None:
+    model = adapted(tiny_model(tf.LlamaForCausalLM if isinstance(batch, dict) else tf.ViTModel))
+    if isinstance(batch, dict):
+        ids = inputs_of(model)["input_ids"]
+        batch = {"input_ids": ids, "attention_mask": torch.zeros_like(ids)}
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match="gave a tuple; expected dicts|gave no tokens"):
+        initialize_feedback(model, [batch])
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())

@@ -2,6 +2,7 @@
 
 import copy
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 import transformers as tf
 from datasets import Dataset
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from toast_peft import OFFICIAL_STAGES, TopDownConfig
@@ -95,6 +96,55 @@ def test_for_a_loss_outside_of_the_model(model_class: type) -> None:
         model(**inputs)
     model.eval()(**inputs)
     assert not model.variational_loss()  # nothing of the forwards before
+
+
+@pytest.mark.parametrize("model_class", VIT_AND_LLAMA)
+def test_forwards_in_between_that_do_not_train(model_class: type) -> None:
+    """As in DPO, a reference without the adapter, or an evaluation, before the loss is taken."""
+    model = pretuned(model_class)
+    inputs = inputs_of(model)
+    expected = expected_loss(model, inputs)
+    model(**inputs)
+    with torch.no_grad(), model.disable_adapter():
+        model(**inputs)
+    with torch.no_grad():
+        model.eval()(**inputs)
+    torch.testing.assert_close(model.variational_loss(), expected)
+    model.train()(**inputs)
+    model(**inputs)
+    torch.testing.assert_close(model.variational_loss(), expected)  # that of the last one
+
+
+class Twice(nn.Module):
+    """Calls its model twice, as a Siamese network does."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor]:
+        outputs = [self.model(pixel_values=images).last_hidden_state for images in (first, second)]
+        return ((outputs[0] - outputs[1]).square().mean(),)
+
+
+def test_model_that_calls_its_backbone_twice() -> None:
+    images = [torch.randn(2, 3, 8, 8) for _ in range(2)]
+    model = adapted(Twice(tiny_model(tf.ViTModel)), variational_weight=WEIGHT).train()
+    plain = adapted(Twice(tiny_model(tf.ViTModel))).train()
+    single = [adapted(tiny_model(tf.ViTModel), variational_weight=WEIGHT).train() for _ in range(2)]
+    for m, x in zip(single, images, strict=True):
+        m(pixel_values=x)
+    expected = plain(*images)[0] + sum(m.variational_loss() for m in single)
+    torch.testing.assert_close(model(*images)[0], expected)
+
+
+def test_stale_loss_of_an_encoder_is_not_added() -> None:
+    base = tiny_model(tf.T5ForConditionalGeneration, dropout_rate=0.0)
+    model = adapted(base, variational_weight=WEIGHT).train()
+    inputs = inputs_of(model)
+    encoder_outputs = model(**inputs)
+    reuse = {"encoder_outputs": (encoder_outputs.encoder_last_hidden_state,), "labels": inputs["input_ids"]}
+    assert torch.equal(model(**reuse).loss, model(**reuse).loss)
 
 
 def raise_stop(*_: Any) -> None:
@@ -271,6 +321,36 @@ def test_starts_from_pretrained_feedback(model_class: type, rank: int, tmp_path:
     config_file.unlink()  # loading the tuned one does not need the other
     loaded = PeftModel.from_pretrained(tiny_model(model_class), tmp_path / "tuned").eval()
     assert torch.equal(output_of(loaded), output_of(source))
+
+
+@pytest.mark.parametrize("name", ["default", "l", "layers", "weight"])
+def test_pretrained_feedback_on_a_model_in_low_precision(name: str, tmp_path: Path) -> None:
+    """Its weights are not rounded on the way into a float32 adapter, whatever the adapter's name."""
+    source = steered(tiny_model(tf.ViTModel))
+    source.save_pretrained(tmp_path)
+    base = tiny_model(tf.ViTModel).to(torch.bfloat16)
+    model = get_peft_model(base, TopDownConfig(pretrained_feedback=str(tmp_path)), adapter_name=name)
+    for key, parameter in source.named_parameters():
+        if "topdown_" in key:
+            assert torch.equal(model.get_parameter(key.replace(".default.", f".{name}.")), parameter)
+
+
+def test_config_with_pretrained_feedback_is_used_again(tmp_path: Path) -> None:
+    source = steered(tiny_model(tf.ViTModel))
+    source.save_pretrained(tmp_path)
+    config = TopDownConfig(pretrained_feedback=str(tmp_path))
+    loaded = TopDownConfig.from_pretrained(tmp_path)
+    loaded.pretrained_feedback = str(tmp_path)
+    for used in (config, config, replace(config, lora_dropout=0.1), loaded):
+        model = get_peft_model(tiny_model(tf.ViTModel), used).eval()
+        assert torch.equal(output_of(model), output_of(source))
+    assert config.pretrained_feedback == str(tmp_path) and config.init_weights
+
+
+def test_pretrained_feedback_of_another_method(tmp_path: Path) -> None:
+    get_peft_model(tiny_model(tf.ViTModel), LoraConfig(target_modules=["v_proj"])).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="LORA adapter; expected TOAST"):
+        adapted(tiny_model(tf.ViTModel), pretrained_feedback=str(tmp_path))
 
 
 def test_pretrained_feedback_for_some_of_its_blocks(tmp_path: Path) -> None:

@@ -6,7 +6,12 @@ from dataclasses import dataclass, field, replace
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
-from .architectures import ARCHITECTURES, CONVOLUTIONAL_ARCHITECTURES, Architecture
+from .architectures import (
+    ARCHITECTURES,
+    CONVOLUTIONAL_ARCHITECTURES,
+    HIERARCHICAL_ARCHITECTURES,
+    Architecture,
+)
 from .config import TopDownConfig
 from .value_projection import ValueColumns, input_size, output_size
 
@@ -75,7 +80,7 @@ def find_block_stacks(model: nn.Module, config: TopDownConfig) -> list[BlockStac
         ValueError: if the model type is unknown and no value projections are named, if the named modules are not one
             value projection in each block of one stack, or if no block is left.
     """
-    known = _known_backbones(model)
+    known = known_backbones(model)
     if config.target_modules is None:
         stacks = _stacks_by_model_type(model, known)
     else:
@@ -83,39 +88,39 @@ def find_block_stacks(model: nn.Module, config: TopDownConfig) -> list[BlockStac
     return [_select_blocks(stack, config) for stack in stacks]
 
 
-def _model_type(module: nn.Module) -> str:
+def model_type_of(module: nn.Module) -> str:
     return getattr(getattr(module, "config", None), "model_type", None) or type(module).__name__
 
 
-def _known_backbones(model: nn.Module) -> dict[str, Architecture]:
+def known_backbones(model: nn.Module) -> dict[str, Architecture]:
     """Names of the modules that have the blocks of a supported model type."""
     backbones = {}
     for name, module in model.named_modules():
-        architecture = ARCHITECTURES.get(_model_type(module))
-        if architecture is not None and isinstance(_get(module, architecture.blocks), nn.ModuleList):
+        architecture = ARCHITECTURES.get(model_type_of(module))
+        if architecture is not None and isinstance(find_submodule(module, architecture.blocks), nn.ModuleList):
             backbones[name] = architecture
     return backbones
 
 
-def _get(module: nn.Module, path: str) -> nn.Module | None:
+def find_submodule(module: nn.Module, path: str) -> nn.Module | None:
     try:
         return module.get_submodule(path)
     except AttributeError:
         return None
 
 
-def _join(*names: str) -> str:
+def join_names(*names: str) -> str:
     return ".".join(name for name in names if name)
 
 
 def _stacks_by_model_type(model: nn.Module, known: dict[str, Architecture]) -> list[BlockStack]:
     if not known:
+        types = sorted([*ARCHITECTURES, *HIERARCHICAL_ARCHITECTURES, *CONVOLUTIONAL_ARCHITECTURES])
         raise ValueError(
             f"TOAST does not know where the value projections of {type(model).__name__} (model type "
-            f"{_model_type(model)!r}) are. Known model types: "
-            f"{', '.join(sorted([*ARCHITECTURES, *CONVOLUTIONAL_ARCHITECTURES]))}. For any other transformer "
-            "name them with `target_modules`, one linear layer in each block that computes only the attention's "
-            "values, for example target_modules=['v_proj'] or a regular expression."
+            f"{model_type_of(model)!r}) are. Known model types: {', '.join(types)}. For any other transformer name "
+            "them with `target_modules`, one linear layer in each block that computes only the attention's values, for "
+            "example target_modules=['v_proj'] or a regular expression."
         )
     if len(known) > 1 and not _is_encoder_decoder(model):
         known = _language_model_only(model, known)
@@ -126,9 +131,9 @@ def _stacks_by_model_type(model: nn.Module, known: dict[str, Architecture]) -> l
         )
     stacks = []
     for backbone_name, architecture in known.items():
-        prefix = _join(backbone_name, architecture.blocks)
+        prefix = join_names(backbone_name, architecture.blocks)
         indices = range(len(model.get_submodule(prefix)))
-        names = {_join(prefix, str(index), architecture.value_projection): index for index in indices}
+        names = {join_names(prefix, str(index), architecture.value_projection): index for index in indices}
         _check_value_projections_are_there(model, names)
         stacks.append(_make_stack(model, backbone_name, prefix, architecture, names))
     return stacks
@@ -146,11 +151,11 @@ def _language_model_only(model: nn.Module, known: dict[str, Architecture]) -> di
 
 
 def _check_value_projections_are_there(model: nn.Module, names: dict[str, int]) -> None:
-    missing = [name for name in names if _get(model, name) is None]
+    missing = [name for name in names if find_submodule(model, name) is None]
     if missing:
         raise ValueError(
             f"{type(model).__name__} has no {_some(missing)}; its blocks are not those that TOAST knows of the model "
-            f"type {_model_type(model)!r}. Name the value projections with `target_modules`."
+            f"type {model_type_of(model)!r}. Name the value projections with `target_modules`."
         )
 
 
@@ -184,7 +189,7 @@ def _stacks_by_target_modules(
 def _backbone_of(blocks_name: str, known: dict[str, Architecture]) -> tuple[str, Architecture | None]:
     """The name of the module that runs the blocks: what the model type says, or the module that they are in."""
     for backbone_name, architecture in known.items():
-        if _join(backbone_name, architecture.blocks) == blocks_name:
+        if join_names(backbone_name, architecture.blocks) == blocks_name:
             return backbone_name, architecture
     return blocks_name.rpartition(".")[0], None
 
@@ -247,7 +252,7 @@ def _make_stack(
         blocks_name=blocks_name,
         final_norm=architecture.final_norm if architecture else None,
         normalize_features=architecture is not None and architecture.normalize_features,
-        model_type=_model_type(backbone),
+        model_type=model_type_of(backbone),
         has_cache=_has_cache(backbone, architecture),
         value_columns=_value_columns(backbone, architecture, model.get_submodule(next(iter(names)))),
         value_projections={index: model.get_submodule(name) for name, index in names.items()},

@@ -63,6 +63,7 @@ class TwoPassCache:
         model_config: the transformers config of the backbone.
         num_blocks: number of blocks of the model.
         key: adapter name, `feedback_from` and `feedback_to`.
+        has_cross_attention: whether the blocks attend to an encoder's states as well.
 
     Attributes:
         first_pass: a `Cache` that pass 1 reads and writes.
@@ -72,8 +73,15 @@ class TwoPassCache:
         ValueError: if the cache was filled without feedback or with that of another adapter.
     """
 
-    def __init__(self, cache: Cache | None, model_config: Any, num_blocks: int, key: tuple[str, int, int]) -> None:
-        self.cache = _new_cache(model_config) if cache is None else cache
+    def __init__(
+        self,
+        cache: Cache | None,
+        model_config: Any,
+        num_blocks: int,
+        key: tuple[str, int, int],
+        has_cross_attention: bool = False,
+    ) -> None:
+        self.cache = _new_cache(model_config, has_cross_attention) if cache is None else cache
         own = _of_self_attention(self.cache)
         passes = getattr(own, _ATTRIBUTE, None)
         if passes is None or passes.key != key:
@@ -100,10 +108,10 @@ class TwoPassCache:
         return tuple(self.cache if item is self.second_pass else item for item in output)
 
 
-def _new_cache(model_config: Any) -> Cache:
+def _new_cache(model_config: Any, has_cross_attention: bool) -> Cache:
     """What transformers makes when it is asked to use a cache and gets none."""
     cache = DynamicCache(config=model_config)
-    if not getattr(model_config, "is_encoder_decoder", False):
+    if not has_cross_attention and not getattr(model_config, "is_encoder_decoder", False):
         return cache
     return EncoderDecoderCache(cache, DynamicCache(config=model_config))
 

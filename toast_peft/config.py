@@ -234,7 +234,7 @@ class TopDownConfig(PeftConfig):
             raise ValueError(
                 f"The feedback from block {first} (`feedback_from={self.feedback_from}`) down to block {last} "
                 f"(`feedback_to={self.feedback_to}`) does not fit a model with {num_blocks} blocks; expected "
-                f"0 <= feedback_to < feedback_from <= {num_blocks}."
+                f"0 <= feedback_to < feedback_from <= {num_blocks}. A fraction, as a float, fits any depth."
             )
         return first, last
 

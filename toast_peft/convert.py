@@ -19,7 +19,7 @@ from torch import nn
 from .block_stack import BlockStack
 from .config import OFFICIAL_STAGES, TopDownConfig
 from .model import describe_differences
-from .stage_stack import Node, StageStack, find_stacks
+from .stage_stack import StageShape, StageStack, find_stacks
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ def _feedback_shapes(stack: BlockStack, config: TopDownConfig, prefix: str) -> d
     return shapes
 
 
-def _convolution_shape(node: Node, linear: str) -> tuple[int, ...]:
+def _convolution_shape(node: StageShape, linear: str) -> tuple[int, ...]:
     if linear == "linear":
         return (node.out_channels, node.in_channels, node.stride, node.stride)
     return (node.in_channels, node.in_channels, 1, 1)

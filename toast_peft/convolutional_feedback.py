@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from .config import TopDownConfig
 from .feedback import FeedbackLayer, FeedbackPath, to_device_of
-from .stage_stack import Node
+from .stage_stack import StageShape
 
 
 class ConvolutionalFeedbackLayer(FeedbackLayer):
@@ -39,7 +39,7 @@ class ConvolutionalFeedbackLayer(FeedbackLayer):
     may be inactive in all images; then `linear2` would never get a gradient.
     """
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: StageShape) -> None:
         super().__init__(node.convolution, node.out_channels, node.in_channels)
         self.stride = node.stride
 
@@ -113,7 +113,7 @@ class ConvolutionalFeedbackPath(FeedbackPath):
         nodes: one for each stage.
     """
 
-    def __init__(self, nodes: list[Node]) -> None:
+    def __init__(self, nodes: list[StageShape]) -> None:
         super().__init__(nodes[-1].convolution)
         self.nodes = nodes
 

@@ -17,6 +17,7 @@ Notation used for tensor shapes:
 """
 
 import math
+import re
 from typing import ClassVar
 
 import torch
@@ -57,7 +58,7 @@ class TopDownLayer(nn.Module, BaseTunerLayer):
         return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
 
     def _finish_update(self, adapter_name: str, config: TopDownConfig, frozen: tuple[str, ...] = ()) -> None:
-        parts: ClassVar = {f"topdown_{name}": part for name, part in self.parts.items()}
+        parts = {f"topdown_{name}": part for name, part in self.parts.items()}
         untrained = {name for name, part in parts.items() if part not in config.trainable_parts}
         self.frozen_peft_weight_names[adapter_name] = tuple(sorted(untrained | set(frozen)))
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -361,6 +362,11 @@ class FeedbackPath(nn.Module):
             layer = self.layers[str(index)]
             z, feedback[index] = layer(to_device_of(layer, z), adapter_name)
         return feedback
+
+
+def belongs_to(adapter_name: str, parameter_name: str) -> bool:
+    """Whether a parameter of a model is feedback of an adapter, `...topdown_prompt.default.weight` for example."""
+    return re.search(rf"\.topdown_\w+\.{re.escape(adapter_name)}\.", parameter_name) is not None
 
 
 def to_device_of(module: nn.Module, tensor: torch.Tensor) -> torch.Tensor:

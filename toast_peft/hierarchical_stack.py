@@ -6,7 +6,7 @@ from typing import Literal
 from torch import nn
 
 from .architectures import HIERARCHICAL_ARCHITECTURES, HierarchicalArchitecture
-from .block_stack import BlockStack, _get, _join, _known_backbones, _model_type, find_block_stacks
+from .block_stack import BlockStack, find_block_stacks, find_submodule, join_names, known_backbones, model_type_of
 from .config import TopDownConfig
 from .value_projection import input_size
 
@@ -57,9 +57,9 @@ def find_transformer_stacks(model: nn.Module, config: TopDownConfig) -> list[Blo
     """
     known = _known_hierarchies(model)
     # Inside of another model, a detector for example, `target_modules` may be about that one's attention.
-    if not known or (config.target_modules is not None and _model_type(model) not in HIERARCHICAL_ARCHITECTURES):
+    if not known or (config.target_modules is not None and model_type_of(model) not in HIERARCHICAL_ARCHITECTURES):
         return find_block_stacks(model, config)
-    several = sorted([*known, *_known_backbones(model)])
+    several = sorted([*known, *known_backbones(model)])
     if len(several) > 1:
         raise ValueError(
             f"{type(model).__name__} has several backbones: {several}. Choose one with `target_modules`, or adapt the "
@@ -72,8 +72,8 @@ def find_transformer_stacks(model: nn.Module, config: TopDownConfig) -> list[Blo
 def _known_hierarchies(model: nn.Module) -> dict[str, HierarchicalArchitecture]:
     backbones = {}
     for name, module in model.named_modules():
-        architecture = HIERARCHICAL_ARCHITECTURES.get(_model_type(module))
-        if architecture is not None and isinstance(_get(module, architecture.stages), nn.ModuleList):
+        architecture = HIERARCHICAL_ARCHITECTURES.get(model_type_of(module))
+        if architecture is not None and isinstance(find_submodule(module, architecture.stages), nn.ModuleList):
             backbones[name] = architecture
     return backbones
 
@@ -88,7 +88,7 @@ def _make_stack(
         for stage, stage_name in enumerate(stage_names)
         for index in range(len(backbone.get_submodule(f"{stage_name}.{architecture.blocks}")))
     }
-    block_names = [_join(backbone_name, name) for name in blocks]
+    block_names = [join_names(backbone_name, name) for name in blocks]
     projections = [model.get_submodule(f"{name}.{architecture.value_projection}") for name in block_names]
     stages = list(blocks.values())
     first, last = config.feedback_range(len(blocks))
@@ -96,10 +96,10 @@ def _make_stack(
     return HierarchicalStack(
         backbone=backbone,
         blocks=[model.get_submodule(name) for name in block_names],
-        blocks_name=_join(backbone_name, architecture.stages),
+        blocks_name=join_names(backbone_name, architecture.stages),
         final_norm=architecture.final_norm,
         normalize_features=architecture.normalize_features,
-        model_type=_model_type(backbone),
+        model_type=model_type_of(backbone),
         has_cache=False,
         value_columns=None,
         value_projections={index: projections[index] for index in range(last, first)},

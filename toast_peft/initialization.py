@@ -1,8 +1,9 @@
-"""Initialises feedback from data, in place of a random prompt and, in closed form, of pre-tuning.
+"""Initialises feedback from data, in place of a random prompt and identities.
 
 A random prompt is nearly orthogonal to every token, so the mask is near zero and little feedback gets through. The
-mean of the normalised features is similar to most tokens. And what the variational loss teaches `linear1` over many
-steps, to compute the blocks' inputs on the way down, is for a linear chain a least-squares problem.
+mean of the normalised features is similar to most tokens. And as the chain is linear, the matrices by which it
+computes from the features what the value projections see are a least-squares problem. (The variational loss of
+pre-tuning asks for something else: the input of each block from its own output.)
 
 Notation used for tensor shapes:
     - b: batch size
@@ -10,7 +11,7 @@ Notation used for tensor shapes:
     - d: hidden size
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -20,32 +21,52 @@ from peft import PeftModel
 from torch import nn
 from torch.nn import functional as F
 
+from .config import TopDownConfig
 from .convolutional_feedback import ConvolutionalFeedbackPath
 from .feedback import FeedbackPath
 from .model import feedback_paths
 
 
 class Statistics:
-    """Sums over tokens, collected from forwards while hooks on a feedback path and its value projections are set.
+    """Sums over tokens, collected from forwards while hooks on a backbone and its value projections are set.
 
     Args:
-        path: the feedback path.
+        backbone: the module with the feedback path.
         adapter_name: the adapter to initialise; it must be active.
     """
 
-    def __init__(self, path: FeedbackPath, adapter_name: str) -> None:
-        self.path = path
-        self.blocks = path.blocks_of(adapter_name) if type(path) is FeedbackPath else []
+    def __init__(self, backbone: nn.Module, adapter_name: str) -> None:
+        self.backbone = backbone
+        self.path: FeedbackPath = backbone.feedback_path
+        self.adapter_name = adapter_name
+        # A chain of full matrices that starts from identities; not one that already is what it should be, or fixed.
+        has_chain = type(self.path) is FeedbackPath and self._config.r == 0 and self._config.init_weights
+        self.blocks = self.path.blocks_of(adapter_name) if has_chain else []
+        self.num_tokens = 0
         self.mean_feature: torch.Tensor | float = 0.0  # [d], not divided by the number of tokens
         self.gram: torch.Tensor | float = 0.0  # features' x features, [d, d]
         self.products: dict[int, torch.Tensor | float] = dict.fromkeys(self.blocks, 0.0)  # features' x inputs, [d, d]
         self.inputs: dict[int, torch.Tensor] = {}
         self.attention_mask: torch.Tensor | None = None
 
-    def start_batch(self, attention_mask: torch.Tensor | None) -> None:
-        """Forget the forward before. Shape of the mask: [b, n]"""
+    @property
+    def _config(self) -> TopDownConfig:
+        return self.path.selection.topdown_config[self.adapter_name]
+
+    def hooks(self) -> Iterator[Any]:
+        """Set the hooks."""
+        yield self.backbone.register_forward_pre_hook(self.start, with_kwargs=True)
+        yield self.path.register_forward_pre_hook(self.add)
+        for index in self.blocks:
+            value_projection = self.path.layers[str(index)].value_projection
+            yield value_projection.register_forward_pre_hook(partial(self.keep_input, index), prepend=True)
+
+    def start(self, backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """A hook: what the backbone gets. Its attention mask is that of its own tokens, also in a decoder."""
+        names = backbone.feedback_path.passes.backbone_forward.argument_names
+        mask = (dict(zip(names, args, strict=False)) | kwargs).get("attention_mask")
+        self.attention_mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
         self.inputs = {}
-        self.attention_mask = attention_mask
 
     def keep_input(self, index: int, value_projection: nn.Module, args: tuple) -> None:
         """A hook: the input of a value projection in pass 1, which comes first."""
@@ -53,8 +74,9 @@ class Statistics:
 
     def add(self, path: FeedbackPath, args: tuple) -> None:
         """A hook: the features, after pass 1."""
-        compared = args[2] if isinstance(path, ConvolutionalFeedbackPath) else args[0]
-        self.mean_feature = self.mean_feature + F.normalize(self._tokens(compared), dim=-1).sum(0)
+        compared = self._tokens(args[2] if isinstance(path, ConvolutionalFeedbackPath) else args[0])
+        self.num_tokens += len(compared)
+        self.mean_feature = self.mean_feature + F.normalize(compared, dim=-1).sum(0)
         if self.blocks:
             features = self._tokens(args[0])
             self.gram = self.gram + features.T @ features
@@ -63,10 +85,31 @@ class Statistics:
 
     def _tokens(self, x: torch.Tensor) -> torch.Tensor:
         """All tokens but padding. Shape: [b, ..., d] -> [tokens, d]"""
-        mask = self.attention_mask
-        if mask is not None and mask.shape == x.shape[:-1]:
-            x = x[mask.to(x.device) != 0]
+        if self.attention_mask is not None:
+            if self.attention_mask.shape != x.shape[:-1]:
+                raise ValueError(
+                    f"The attention mask has the shape {list(self.attention_mask.shape)}, the tokens "
+                    f"{list(x.shape[:-1])}; expected the same."
+                )
+            x = x[self.attention_mask.to(x.device) != 0]
         return x.reshape(-1, x.shape[-1]).double()
+
+    def new_weights(self, ridge: float) -> list[tuple[nn.Parameter, torch.Tensor]]:
+        """The prompt and the matrices of the chain, each with its new values.
+
+        With `z_l = x P_l` solves `z_{l+1} linear1_l' = input_l` from the top down; of `x` only sums are needed.
+        """
+        prompt = self.path.selection.topdown_prompt[self.adapter_name].weight
+        weights = [(prompt, F.normalize(self.mean_feature, dim=0))]
+        if self.blocks:
+            identity = product = torch.eye(len(self.gram), dtype=self.gram.dtype, device=self.gram.device)
+        for index in self.blocks:
+            gram = product.T @ self.gram @ product
+            regular = gram + ridge * gram.diagonal().mean() * identity
+            solution = torch.linalg.solve(regular, product.T @ self.products[index])
+            weights.append((self.path.layers[str(index)].topdown_linear1[self.adapter_name].weight, solution.T))
+            product = product @ solution
+        return weights
 
 
 @torch.no_grad()
@@ -79,20 +122,20 @@ def initialize_feedback(
     """Initialise the feedback of an adapter from some batches of data, as PEFT's EVA does for LoRA.
 
     The prompt becomes the mean of the normalised features. Each `linear1` becomes the least-squares solution, with a
-    ridge, by which the chain computes from the features the input of the block's value projection: the variational
-    loss in closed form, with that projection's normed input for the block's. `linear2` stays: after
-    `init_weights=True` it is zero and the adapter still an exact no-op.
+    ridge, by which the chain computes from the features the input of the block's value projection. `linear2` stays:
+    after `init_weights=True` it is zero and the adapter still an exact no-op.
 
-    Of TOAST-Lite, ConvNets and hierarchical transformers only the prompt is set.
+    Only the prompt is set for TOAST-Lite, ConvNets and hierarchical transformers, and for adapters that do not start
+    from identities (`init_weights=False`, `pretrained_feedback`).
 
     Args:
         model: has the adapter, which must be active.
-        dataloader: gives inputs of the model; labels are ignored, tokens with `attention_mask` 0 left out.
+        dataloader: gives inputs of the model as dicts; tokens with `attention_mask` 0 are left out.
         adapter_name: the adapter.
         ridge: added to the diagonal of the Gram matrix, relative to its mean.
 
     Raises:
-        ValueError: if the model has no such active adapter, or the dataloader gives nothing.
+        ValueError: if the model has no such active adapter, or if the dataloader gives no dicts or no tokens.
 
     Example:
 
@@ -101,53 +144,31 @@ def initialize_feedback(
     >>> toast_peft.initialize_feedback(model, DataLoader(train_set.select(range(512)), batch_size=32))
     ```
     """
-    paths = [path for _, path in feedback_paths(model)]
-    if not paths or any(path.active_adapter != adapter_name for path in paths):
-        active = sorted({str(path.active_adapter) for path in paths}) or "none"
+    backbones = list(feedback_paths(model))
+    if not backbones or any(path.active_adapter != adapter_name for _, path in backbones):
+        active = sorted({str(path.active_adapter) for _, path in backbones}) or "none"
         raise ValueError(f"`adapter_name` is {adapter_name!r}; expected the active TOAST adapter, which is {active}.")
-    statistics = [Statistics(path, adapter_name) for path in paths]
-    _collect(model, dataloader, statistics)
-    if any(isinstance(s.mean_feature, float) for s in statistics):
-        raise ValueError(f"The dataloader {dataloader!r} gave no batch; expected at least one.")
-    for collected in statistics:
-        _set_prompt(collected, adapter_name)
-        _set_chain(collected, adapter_name, ridge)
+    statistics = [Statistics(backbone, adapter_name) for backbone, _ in backbones]
+    _run(model, dataloader, statistics)
+    if any(collected.num_tokens == 0 for collected in statistics):
+        raise ValueError(f"The dataloader {dataloader!r} gave no tokens; expected at least one batch that has some.")
+    weights = [pair for collected in statistics for pair in collected.new_weights(ridge)]
+    for parameter, values in weights:
+        parameter.copy_(values)
 
 
-def _collect(model: nn.Module, dataloader: Iterable[dict[str, Any]], statistics: list[Statistics]) -> None:
-    training, device = model.training, next(model.parameters()).device
+def _run(model: nn.Module, dataloader: Iterable[dict[str, Any]], statistics: list[Statistics]) -> None:
+    device = next(model.parameters()).device
+    training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with ExitStack() as hooks:
-            for collected in statistics:
-                hooks.enter_context(collected.path.register_forward_pre_hook(collected.add))
-                for index in collected.blocks:
-                    value_projection = collected.path.layers[str(index)].value_projection
-                    keep = partial(collected.keep_input, index)
-                    hooks.enter_context(value_projection.register_forward_pre_hook(keep, prepend=True))
+        with ExitStack() as stack:
+            for hook in (hook for collected in statistics for hook in collected.hooks()):
+                stack.enter_context(hook)
             for batch in dataloader:
-                inputs = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
-                inputs.pop("labels", None)
-                for collected in statistics:
-                    collected.start_batch(inputs.get("attention_mask"))
-                model(**inputs)
+                if not isinstance(batch, Mapping):
+                    raise ValueError(f"The dataloader gave a {type(batch).__name__}; expected dicts of model inputs.")
+                model(**{name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in batch.items()})
     finally:
-        model.train(training)
-
-
-def _set_prompt(collected: Statistics, adapter_name: str) -> None:
-    prompt = collected.path.selection.topdown_prompt[adapter_name].weight
-    prompt.copy_(F.normalize(collected.mean_feature, dim=0))
-
-
-def _set_chain(collected: Statistics, adapter_name: str, ridge: float) -> None:
-    """Solve `z_{l+1} linear1_l' = input_l` from the top down; with `z_l = x P_l`, of `x` only sums are needed."""
-    if not collected.blocks or adapter_name in collected.path.layers[str(collected.blocks[0])].topdown_scaling:
-        return  # Lite: not a chain of matrices that are trained in full
-    identity = product = torch.eye(len(collected.gram), dtype=collected.gram.dtype, device=collected.gram.device)
-    for index in collected.blocks:
-        gram = product.T @ collected.gram @ product
-        regular = gram + ridge * gram.diagonal().mean() * identity
-        solution = torch.linalg.solve(regular, product.T @ collected.products[index])
-        collected.path.layers[str(index)].topdown_linear1[adapter_name].weight.copy_(solution.T)
-        product = product @ solution
+        for module, was_training in training.items():
+            module.training = was_training

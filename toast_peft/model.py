@@ -14,12 +14,12 @@ from torch import nn
 from .block_stack import BlockStack
 from .config import TopDownConfig
 from .convolutional_feedback import ConvolutionalFeedbackPath
-from .feedback import NO_MERGE, FeedbackPath, TopDownLayer
+from .feedback import NO_MERGE, FeedbackPath, TopDownLayer, belongs_to
 from .hierarchical_feedback import HierarchicalFeedbackPath
 from .hierarchical_passes import TwoPassesOverHierarchy
 from .hierarchical_stack import HierarchicalStack
 from .passes import TwoPasses
-from .pretrained_feedback import start_from_pretrained
+from .pretrained_feedback import copy_weights, start_from_pretrained
 from .stage_passes import TwoPassesOverStages
 from .stage_stack import StageStack, find_stacks
 
@@ -30,14 +30,20 @@ _HEADS_ADDED_BY_PEFT = {"classifier", "score", "qa_outputs"}
 class TopDownModel(BaseTuner):
     """Adapts a frozen model with TOAST (https://arxiv.org/abs/2305.15542).
 
-    Made by `get_peft_model(model, TopDownConfig(...))`. All it adds to the model is a `feedback_path`
+    Made by `get_peft_model(model, TopDownConfig(...))`. All parameters it adds to the model are in a `feedback_path`
     ([`FeedbackPath`]) on the module that owns the blocks; that module then runs twice in each forward. In an
-    encoder-decoder model both stacks have one.
+    encoder-decoder model both stacks have one. That module and its blocks get another `forward`, the value projections
+    and the model hooks; `unload()` takes all of it away.
     """
 
     prefix: str = "topdown_"
     tuner_layer_cls = TopDownLayer
     target_module_mapping: ClassVar[dict] = {}
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # For new adapters that start from a saved one its weights, until PEFT has chosen their dtype.
+        self._pretrained: dict[str, dict[str, torch.Tensor]] = {}
+        super().__init__(*args, **kwargs)
 
     # ------------------------------------------------------------------------------------------------- injection
 
@@ -47,12 +53,13 @@ class TopDownModel(BaseTuner):
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             config = self.peft_config[adapter_name]
-            if config.pretrained_feedback is not None and not config.is_of_saved_adapter:
-                start_from_pretrained(self.model, adapter_name, config)
+            is_loaded = config.is_of_saved_adapter and config.pretrained_feedback is None
+            if config.pretrained_feedback is not None:
+                self._pretrained[adapter_name] = start_from_pretrained(self.model, adapter_name, config)
         except Exception:
             _undo_injection(model, adapter_name, trainable)
             raise
-        if config.is_of_saved_adapter:
+        if is_loaded:
             for stack in self._stacks:
                 stack.backbone.feedback_path.awaiting_weights[adapter_name] = trainable
 
@@ -67,6 +74,8 @@ class TopDownModel(BaseTuner):
                     "it at None or False."
                 )
         adapter_name = next(name for name, config in self.peft_config.items() if config is peft_config)
+        if peft_config.pretrained_feedback is not None:  # the caller's object stays as it is, to be used again
+            peft_config = copy(peft_config)
         peft_config = self.peft_config[adapter_name] = _with_base_model_facts(peft_config, self._stacks)
         return peft_config
 
@@ -99,12 +108,19 @@ class TopDownModel(BaseTuner):
 
     # -------------------------------------------------------------------------------------------------- pre-tuning
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        # They were copied into parameters of the base model's dtype, which may have rounded them.
+        copy_weights(self.model, self._pretrained.pop(adapter_name, {}))
+
     def variational_loss(self) -> torch.Tensor:
-        """The variational loss of the last forward, for a loss that is computed outside of the model.
+        """The variational loss of the last forward in training mode, for a loss computed outside of the model.
+
+        Call it after each such forward; forwards in evaluation mode or with the adapter disabled do not count.
 
         Returns:
-            The loss times `variational_weight`, once: zero if the model has added it to its own loss, if the forward
-            was not in training mode, or if `variational_weight` is 0.
+            The loss times `variational_weight`, once: zero if the model has added it to its own loss, or if
+            `variational_weight` is 0.
         """
         hooks = [path.passes.loss_hook for _, path in feedback_paths(self.model)]
         losses = [loss for loss in (hook.take() for hook in hooks) if loss is not None]
@@ -161,7 +177,7 @@ class TopDownModel(BaseTuner):
         expected = {
             name: tuple(parameter.shape)
             for name, parameter in base_model.named_parameters()
-            if cls.prefix in name and f".{adapter_name}." in f"{name}."
+            if belongs_to(adapter_name, name)
         }
         found = {name.removeprefix("base_model.model."): tuple(tensor.shape) for name, tensor in remapped.items()}
         problems = describe_differences(expected, {name: found[name] for name in found if cls.prefix in name})

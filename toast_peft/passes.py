@@ -87,7 +87,7 @@ class ThreadState(threading.local):
     """The running forward and the running block's feedback, each thread its own; copies start empty.
 
     `in_checkpoint` is whether a checkpointed block runs, in the forward or again in the backward pass;
-    `variational_loss` that of the last forward, until it is added to a loss.
+    `variational_loss` that of the last forward in training, until it is added to a loss.
     """
 
     run: Run | None = None
@@ -285,7 +285,6 @@ class BackboneForward(ReplacedForward):
         outer = self.state.run, self.state.feedback, self.state.in_checkpoint
         # Also without an adapter: this forward may be called from inside of a pass 2 of the same backbone.
         self.state.run, self.state.feedback, self.state.in_checkpoint = None, None, False
-        self.state.variational_loss = None
         try:
             if adapter_name is None:
                 refuse_two_pass_cache(kwargs.get("past_key_values"))
@@ -313,8 +312,8 @@ class BackboneForward(ReplacedForward):
             output = self.original(**kwargs)
         else:
             output = cache.restore(self.original(**kwargs | {"past_key_values": cache.second_pass}))
-        if run.reconstruction is not None:
-            self.state.variational_loss = run.reconstruction.loss(config)
+        if run.reconstruction is not None:  # added, as a model may call its backbone more than once
+            self.state.variational_loss = run.reconstruction.loss(config, self.state.variational_loss)
         return output
 
     def _new_run(self, config: TopDownConfig, kwargs: dict[str, Any]) -> Run:
@@ -345,7 +344,8 @@ class BackboneForward(ReplacedForward):
             if checkpointing or not self._option("use_cache", kwargs):
                 return None
         key = (adapter_name, run.feedback_from, run.feedback_to)
-        return TwoPassCache(cache, self.module.config, len(self.blocks), key)
+        has_cross_attention = kwargs.get("encoder_hidden_states") is not None
+        return TwoPassCache(cache, self.module.config, len(self.blocks), key, has_cross_attention)
 
     def _first_pass(self, run: Run, kwargs: dict[str, Any]) -> None:
         self.state.run = run
@@ -395,7 +395,7 @@ class TwoPasses:
 
     def add_loss_hook(self, model: nn.Module) -> None:
         """Let `model` add the variational loss to the loss it returns."""
-        self.loss_hook = LossHook(model, self.state)
+        self.loss_hook = LossHook(model, self.state, self.backbone_forward.path)
 
     def add_value_projection(self, index: int, value_projection: nn.Module, columns: ValueColumns | None) -> None:
         """Let the value projection of a block receive feedback."""

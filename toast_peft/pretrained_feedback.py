@@ -1,17 +1,18 @@
 """Starts a new adapter from the feedback of a saved one."""
 
 import torch
+from peft import PeftConfig
 from peft.utils import load_peft_weights
 from torch import nn
 
 from .config import TopDownConfig
+from .feedback import belongs_to
 
 _FACTORS = ("_A.", "_B.")
 
 
-@torch.no_grad()
-def start_from_pretrained(model: nn.Module, adapter_name: str, config: TopDownConfig) -> None:
-    """Copy the feedback of the adapter `config.pretrained_feedback` into a new one.
+def start_from_pretrained(model: nn.Module, adapter_name: str, config: TopDownConfig) -> dict[str, torch.Tensor]:
+    """Copy the feedback of the adapter `config.pretrained_feedback` into a new one, and clear this option.
 
     Only feedback is copied, no head that was saved with it. Feedback of blocks outside of the new adapter's loop is
     left out. Low-rank factors start as those of a new adapter unless the saved one has them too.
@@ -19,40 +20,63 @@ def start_from_pretrained(model: nn.Module, adapter_name: str, config: TopDownCo
     Args:
         model: the base model with the new adapter.
         adapter_name: its name.
-        config: its config.
+        config: its config; what is saved of it will say that its weights are all in the file.
+
+    Returns:
+        The weights that were copied, by the names of the parameters.
 
     Raises:
         ValueError: if the saved adapter is of another method or base model, or lacks what the new one needs.
     """
-    saved = TopDownConfig.from_pretrained(config.pretrained_feedback)
+    saved = PeftConfig.from_pretrained(config.pretrained_feedback)
     _check_same_base_model(saved, config)
     weights = load_peft_weights(config.pretrained_feedback, device="cpu")
-    weights = {name.removeprefix("base_model.model."): tensor for name, tensor in weights.items()}
-    wanted = {
-        name.replace(f".{adapter_name}", ""): parameter
-        for name, parameter in model.named_parameters()
-        if "topdown_" in name and f".{adapter_name}." in name
-    }
+    wanted = {name: p for name, p in model.named_parameters() if belongs_to(adapter_name, name)}
     if saved.r == 0:
         wanted = {name: p for name, p in wanted.items() if not any(factor in name for factor in _FACTORS)}
+    found = {name: weights.get("base_model.model." + _without(adapter_name, name)) for name in wanted}
     problems = [
-        f"{name} of shape {list(parameter.shape)}"
+        f"{_without(adapter_name, name)} of shape {list(parameter.shape)}"
         for name, parameter in wanted.items()
-        if name not in weights or weights[name].shape != parameter.shape
+        if found[name] is None or found[name].shape != parameter.shape
     ]
     if problems:
         raise ValueError(
-            f"The adapter {config.pretrained_feedback!r} (r={saved.r}, feedback from {saved.feedback_from} to "
-            f"{saved.feedback_to}) cannot start one with r={config.r}, feedback from {config.feedback_from} to "
-            f"{config.feedback_to}; it lacks: {', '.join(problems)}."
+            f"The adapter {config.pretrained_feedback!r} ({_described(saved)}) cannot start one with "
+            f"{_described(config)}; it lacks: {', '.join(problems)}."
         )
-    for name, parameter in wanted.items():
-        parameter.copy_(weights[name])
+    copy_weights(model, found)
+    config.pretrained_feedback, config.init_weights = None, False
+    return found
 
 
-def _check_same_base_model(saved: TopDownConfig, config: TopDownConfig) -> None:
-    names = ("backbone_type", "num_blocks", "hidden_size")
-    different = [name for name in names if getattr(saved, name) != getattr(config, name)]
+@torch.no_grad()
+def copy_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Copy weights into the parameters of these names."""
+    for name, tensor in weights.items():
+        model.get_parameter(name).copy_(tensor)
+
+
+def _without(adapter_name: str, name: str) -> str:
+    """The name of a parameter as it is saved, without that of the adapter."""
+    before, _, after = name.rpartition(f".{adapter_name}.")
+    return f"{before}.{after}"
+
+
+def _described(config: TopDownConfig) -> str:
+    ranges = "feedback in encoder and decoder"
+    if isinstance(config.num_blocks, int):
+        first, last = config.feedback_range(config.num_blocks)
+        ranges = f"feedback from block {first} to {last}"
+    return f"r={config.r}, {ranges}"
+
+
+def _check_same_base_model(saved: PeftConfig, config: TopDownConfig) -> None:
+    if not isinstance(saved, TopDownConfig):
+        raise ValueError(
+            f"`pretrained_feedback={config.pretrained_feedback!r}` is a {saved.peft_type} adapter; expected TOAST."
+        )
+    different = [name for name in ("backbone_type", "num_blocks") if getattr(saved, name) != getattr(config, name)]
     if different:
         raise ValueError(
             f"`pretrained_feedback={config.pretrained_feedback!r}` does not fit the base model: "

@@ -9,13 +9,13 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .architectures import CONVOLUTIONAL_ARCHITECTURES, ConvolutionalArchitecture
-from .block_stack import BlockStack, _get, _join, _known_backbones, _model_type
+from .block_stack import BlockStack, find_submodule, join_names, known_backbones, model_type_of
 from .config import TopDownConfig
 from .hierarchical_stack import find_transformer_stacks
 
 
 @dataclass
-class Node:
+class StageShape:
     """A stage as a link of the feedback path; the first one together with the stem.
 
     Args:
@@ -46,7 +46,7 @@ class StageStack(BlockStack):
 
     stem: nn.Module
     stem_name: str
-    nodes: list[Node]
+    nodes: list[StageShape]
     feedback_from: int
 
     @property
@@ -61,7 +61,7 @@ class StageStack(BlockStack):
 
 
 def find_stacks(model: nn.Module, config: TopDownConfig) -> list[BlockStack]:
-    """Find what the two passes run over: the stages of a ConvNet, or else the blocks of a transformer.
+    """Find what the two passes run over: the stages of a ConvNet, or else the blocks of one or more transformers.
 
     Touches nothing.
 
@@ -70,16 +70,16 @@ def find_stacks(model: nn.Module, config: TopDownConfig) -> list[BlockStack]:
         config: says which part of it is in the feedback loop.
 
     Returns:
-        One [`StageStack`] for a ConvNet.
+        One [`StageStack`] for a ConvNet; for others what [`find_transformer_stacks`] finds.
 
     Raises:
-        ValueError: if there is none or more than one, or if `config` does not fit.
+        ValueError: if there is none, if it is not clear which of several is meant, or if `config` does not fit.
     """
     known = _known_convolutional_backbones(model)
     # Inside of another model, a detector for example, `target_modules` may be about that one's attention.
-    if not known or (config.target_modules is not None and _model_type(model) not in CONVOLUTIONAL_ARCHITECTURES):
+    if not known or (config.target_modules is not None and model_type_of(model) not in CONVOLUTIONAL_ARCHITECTURES):
         return find_transformer_stacks(model, config)
-    several = sorted([*known, *_known_backbones(model)])
+    several = sorted([*known, *known_backbones(model)])
     if len(several) > 1:
         raise ValueError(
             f"{type(model).__name__} has several backbones: {several}. Choose a transformer with `target_modules`, or "
@@ -92,8 +92,8 @@ def find_stacks(model: nn.Module, config: TopDownConfig) -> list[BlockStack]:
 def _known_convolutional_backbones(model: nn.Module) -> dict[str, ConvolutionalArchitecture]:
     backbones = {}
     for name, module in model.named_modules():
-        architecture = CONVOLUTIONAL_ARCHITECTURES.get(_model_type(module))
-        if architecture is not None and isinstance(_get(module, architecture.stages), nn.ModuleList):
+        architecture = CONVOLUTIONAL_ARCHITECTURES.get(model_type_of(module))
+        if architecture is not None and isinstance(find_submodule(module, architecture.stages), nn.ModuleList):
             backbones[name] = architecture
     return backbones
 
@@ -103,7 +103,10 @@ def _make_stack(
 ) -> StageStack:
     backbone = model.get_submodule(backbone_name)
     stages, stem = backbone.get_submodule(architecture.stages), backbone.get_submodule(architecture.stem)
-    stages_name, stem_name = _join(backbone_name, architecture.stages), _join(backbone_name, architecture.stem)
+    stages_name, stem_name = (
+        join_names(backbone_name, architecture.stages),
+        join_names(backbone_name, architecture.stem),
+    )
     _check_config(config)
     first, last = config.feedback_range(len(stages))
     names = {f"{stages_name}.{index}" if index > 0 else stem_name: index for index in range(last, first)}
@@ -113,7 +116,7 @@ def _make_stack(
         blocks_name=stages_name,
         final_norm=_final_norm(backbone, architecture, config),
         normalize_features=architecture.final_norm is not None,
-        model_type=_model_type(backbone),
+        model_type=model_type_of(backbone),
         has_cache=False,
         value_columns=None,
         value_projections={},
@@ -148,22 +151,22 @@ def _final_norm(backbone: nn.Module, architecture: ConvolutionalArchitecture, co
             f"`normalize_features=True`, but the final norm fits the output of the last stage, {num_stages - 1}, and "
             f"the feedback starts from stage {first - 1}; leave it at None or False."
         )
-    if architecture.final_norm is None or _get(backbone, architecture.final_norm) is not None:
+    if architecture.final_norm is None or find_submodule(backbone, architecture.final_norm) is not None:
         return architecture.final_norm
     if config.normalize_features is not False and first == num_stages:
         raise ValueError(
             f"{type(backbone).__name__} has no final norm {architecture.final_norm!r}, after which the features of a "
-            f"{_model_type(backbone)!r} are compared with the prompt. Pass normalize_features=False to compare them "
+            f"{model_type_of(backbone)!r} are compared with the prompt. Pass normalize_features=False to compare them "
             "as they are."
         )
     return None
 
 
-def _node(stage: nn.Module, stem: nn.Module | None) -> Node:
+def _node(stage: nn.Module, stem: nn.Module | None) -> StageShape:
     of_stage = list(_convolutions_and_poolings(stage))
     of_stem = [] if stem is None else list(_convolutions_and_poolings(stem))
     convolutions = [layer for layer in of_stem + of_stage if isinstance(layer, nn.Conv2d)]
-    return Node(
+    return StageShape(
         convolution=convolutions[0],
         in_channels=convolutions[0].in_channels,
         out_channels=convolutions[-1].out_channels,

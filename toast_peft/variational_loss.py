@@ -44,14 +44,16 @@ class Reconstruction:
         if self.attention_mask is None:
             self.errors[index] = squares.mean()
         else:
-            mask = self.attention_mask.to(squares).unsqueeze(-1)
+            mask = self.attention_mask[:, -squares.shape[1] :].to(squares).unsqueeze(-1)  # without cached tokens
             self.errors[index] = (squares * mask).sum() / (mask.sum() * squares.shape[-1])
 
-    def loss(self, config: TopDownConfig) -> torch.Tensor | None:
-        """The weighted sum over the blocks."""
+    def loss(self, config: TopDownConfig, before: torch.Tensor | None) -> torch.Tensor | None:
+        """The weighted sum over the blocks, and what was there before."""
         errors = list(self.errors.values())
-        device = errors[0].device if errors else None
-        return config.variational_weight * sum(error.to(device) for error in errors) if errors else None
+        if not errors:
+            return before
+        loss = config.variational_weight * sum(error.to(errors[0].device) for error in errors)
+        return loss if before is None else before.to(loss.device) + loss
 
 
 def padding_to_leave_out(config: TopDownConfig, kwargs: dict[str, Any]) -> torch.Tensor | None:
@@ -68,23 +70,33 @@ class LossHook:
     Args:
         model: the module that returns the loss.
         state: has the `variational_loss` that this thread's last forward has left.
+        path: knows whether an adapter is active.
 
     Attributes:
         last: the last one that became a part of a loss, for logging.
     """
 
-    def __init__(self, model: nn.Module, state: threading.local) -> None:
+    def __init__(self, model: nn.Module, state: threading.local, path: FeedbackPath) -> None:
         self.state = state
+        self.path = path
         self.last: torch.Tensor | None = None
-        self.handle = model.register_forward_hook(self.add_to_loss, with_kwargs=True)
+        self.handles = (
+            model.register_forward_pre_hook(self.forget),
+            model.register_forward_hook(self.add_to_loss, with_kwargs=True),
+        )
+
+    def forget(self, model: nn.Module, args: tuple) -> None:
+        """Forget what nobody took of the forward before; a reference model or an evaluation in between is none."""
+        if model.training and self.path.active_adapter is not None:
+            self.state.variational_loss = None
 
     def add_to_loss(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """The output with the variational loss in its loss, if it has one."""
         if self.state.variational_loss is None:
             return None
         is_tuple = isinstance(output, tuple)
-        loss = output[0] if is_tuple and kwargs.get("labels") is not None else getattr(output, "loss", None)
-        if loss is None:
+        loss = output[0] if is_tuple else getattr(output, "loss", None)
+        if not isinstance(loss, torch.Tensor) or loss.dim() > 0:  # a tuple without a loss begins with something else
             return None
         loss = loss + _share_of_batch(model, kwargs) * self.take().to(loss.device)
         if is_tuple:
@@ -100,8 +112,9 @@ class LossHook:
         return loss
 
     def remove(self) -> None:
-        """Remove the hook."""
-        self.handle.remove()
+        """Remove the hooks."""
+        for handle in self.handles:
+            handle.remove()
 
 
 def _share_of_batch(model: nn.Module, kwargs: dict[str, Any]) -> torch.Tensor | float:
