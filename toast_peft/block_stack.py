@@ -119,8 +119,8 @@ def _stacks_by_model_type(model: nn.Module, known: dict[str, Architecture]) -> l
         raise ValueError(
             f"TOAST does not know where the value projections of {type(model).__name__} (model type "
             f"{model_type_of(model)!r}) are. Known model types: {', '.join(types)}. For any other transformer name "
-            "them with `target_modules`, one linear layer in each block that computes only the attention's values, for "
-            "example target_modules=['v_proj'] or a regular expression."
+            "them with `target_modules`, one linear layer in each block that computes only the values of its "
+            "attention, for example target_modules=['v_proj'] or a regular expression."
         )
     if len(known) > 1 and not _is_encoder_decoder(model):
         known = _language_model_only(model, known)
