@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
@@ -92,13 +93,15 @@ def model_type_of(module: nn.Module) -> str:
     return getattr(getattr(module, "config", None), "model_type", None) or type(module).__name__
 
 
-def known_backbones(model: nn.Module) -> dict[str, Architecture]:
-    """Names of the modules that have the blocks of a supported model type."""
+def known_backbones(model: nn.Module, architectures: dict[str, Any] = ARCHITECTURES) -> dict[str, Any]:
+    """Names of the modules that have the blocks, or the stages, of a model type in the table, with its row."""
     backbones = {}
     for name, module in model.named_modules():
-        architecture = ARCHITECTURES.get(model_type_of(module))
-        if architecture is not None and isinstance(find_submodule(module, architecture.blocks), nn.ModuleList):
-            backbones[name] = architecture
+        architecture = architectures.get(model_type_of(module))
+        if architecture is not None:
+            path = architecture.blocks if isinstance(architecture, Architecture) else architecture.stages
+            if isinstance(find_submodule(module, path), nn.ModuleList):
+                backbones[name] = architecture
     return backbones
 
 

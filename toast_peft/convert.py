@@ -18,8 +18,9 @@ from torch import nn
 
 from .block_stack import BlockStack
 from .config import OFFICIAL_STAGES, TopDownConfig
+from .find_stacks import find_stacks
 from .model import describe_differences
-from .stage_stack import StageShape, StageStack, find_stacks
+from .stage_stack import StageShape, StageStack
 
 
 @dataclass(frozen=True)

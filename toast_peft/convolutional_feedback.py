@@ -57,16 +57,10 @@ class ConvolutionalFeedbackLayer(FeedbackLayer):
     def _init_random(self, linear1: torch.Tensor) -> None:
         nn.init.kaiming_uniform_(linear1, a=math.sqrt(5))  # torch's own, which the official code leaves it at
 
-    @property
-    def _identity_scale(self) -> float:
-        return min(1.0, math.sqrt(self.out_features / self.in_features))
-
     def _identity(self, z: torch.Tensor) -> torch.Tensor:
         """What `_init_identity` sets `linear1` to, without weights. Shape: [b, c, h, w] -> [b, c', s h, s w]"""
-        parts = math.ceil(self.in_features / self.out_features)
-        padding = parts * self.out_features - self.in_features
-        z = F.pad(z, (0, 0, 0, 0, 0, padding)).unflatten(1, (parts, self.out_features)).sum(1)
-        return F.interpolate(z * self._identity_scale, scale_factor=self.stride, mode="nearest")
+        folded = self._fold_channels(z.movedim(1, -1)).movedim(-1, 1)
+        return F.interpolate(folded, scale_factor=self.stride, mode="nearest")
 
     def forward(self, z: torch.Tensor, adapter_name: str, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         """One step down the feedback path.

@@ -244,6 +244,16 @@ class FeedbackLayer(TopDownLayer):
                 nn.init.kaiming_uniform_(getattr(self, f"{name}_A")[adapter_name].weight, a=math.sqrt(5))
                 nn.init.zeros_(getattr(self, f"{name}_B")[adapter_name].weight)
 
+    @property
+    def _identity_scale(self) -> float:
+        """What keeps the variance where channel `i` goes to channel `i mod out_features`."""
+        return min(1.0, math.sqrt(self.out_features / self.in_features))
+
+    def _fold_channels(self, z: torch.Tensor) -> torch.Tensor:
+        """Channel `i` to channel `i mod out_features`, scaled. Shape: [..., in_features] -> [..., out_features]"""
+        padded = F.pad(z, (0, -self.in_features % self.out_features))
+        return self._identity_scale * padded.unflatten(-1, (-1, self.out_features)).sum(-2)
+
     def _init_identity(self, linear1: torch.Tensor) -> None:
         nn.init.eye_(linear1)
 

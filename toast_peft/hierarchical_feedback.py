@@ -9,8 +9,6 @@ Notation used for tensor shapes:
     - h', w', d': those of what comes from the block above
 """
 
-import math
-
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -41,10 +39,6 @@ class HierarchicalFeedbackLayer(FeedbackLayer):
     def _new_linear1(self, in_features: int) -> nn.Module:
         return self._new_linear(in_features, self.num_tokens * self.out_features)
 
-    @property
-    def _identity_scale(self) -> float:
-        return min(1.0, math.sqrt(self.out_features / self.in_features))
-
     def _init_identity(self, linear1: torch.Tensor) -> None:
         channels = torch.arange(self.in_features)
         linear1.zero_()
@@ -53,9 +47,7 @@ class HierarchicalFeedbackLayer(FeedbackLayer):
 
     def _identity(self, z: torch.Tensor) -> torch.Tensor:
         """What `_init_identity` sets `linear1` to, without weights."""
-        padding = -self.in_features % self.out_features
-        folded = F.pad(z, (0, padding)).unflatten(-1, (-1, self.out_features)).sum(-2)
-        return (self._identity_scale * folded).repeat(1, 1, 1, self.num_tokens)
+        return self._fold_channels(z).repeat(1, 1, 1, self.num_tokens)
 
     def forward(self, z: torch.Tensor, adapter_name: str, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         """One step down the feedback path.

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from .config import TopDownConfig
 from .hierarchical_feedback import HierarchicalFeedbackPath
 from .hierarchical_stack import HierarchicalStack
-from .passes import BackboneForward, BlockForward, Run, ThreadState, TwoPasses
+from .passes import BackboneForward, BlockForward, Run, ThreadState, TwoPasses, unwrap_checkpoint, wrap_checkpoint
 from .value_projection import ValueColumns, ValueHooks
 
 
@@ -137,9 +137,7 @@ class HierarchicalBackboneForward(BackboneForward):
 
     def _run_twice(self, adapter_name: str, kwargs: dict[str, Any]) -> Any:
         for stage, blocks in self.stages:
-            checkpoint = getattr(stage, "_gradient_checkpointing_func", None)
-            if checkpoint is not None and not isinstance(checkpoint, CheckpointWithRun):
-                stage._gradient_checkpointing_func = CheckpointWithRun(checkpoint, self.state, blocks)
+            wrap_checkpoint(stage, CheckpointWithRun, self.state, blocks)
         return super()._run_twice(adapter_name, kwargs)
 
     def _feedback(self, run: Run, config: TopDownConfig, adapter_name: str) -> dict[int, torch.Tensor]:
@@ -153,9 +151,7 @@ class HierarchicalBackboneForward(BackboneForward):
     def remove(self) -> None:
         super().remove()
         for stage, _ in self.stages:
-            checkpoint = getattr(stage, "_gradient_checkpointing_func", None)
-            if isinstance(checkpoint, CheckpointWithRun):
-                stage._gradient_checkpointing_func = checkpoint.checkpoint
+            unwrap_checkpoint(stage, CheckpointWithRun)
 
 
 class TwoPassesOverHierarchy(TwoPasses):
@@ -166,13 +162,11 @@ class TwoPassesOverHierarchy(TwoPasses):
         path: computes the feedback.
     """
 
+    block_forward_class = HierarchicalBlockForward
+    backbone_forward_class = HierarchicalBackboneForward
+
     def __init__(self, stack: HierarchicalStack, path: HierarchicalFeedbackPath) -> None:
-        self.state = ThreadState()
-        self.block_forwards = [
-            HierarchicalBlockForward(block, self.state, index, path) for index, block in enumerate(stack.blocks)
-        ]
-        self.backbone_forward = HierarchicalBackboneForward(stack, path, self.state, self.block_forwards)
-        self.value_hooks = {}
+        super().__init__(stack, path)
         self.arrangement = ARRANGEMENTS[stack.arrangement]
 
     def add_value_projection(self, index: int, value_projection: nn.Module, columns: ValueColumns | None) -> None:

@@ -5,8 +5,8 @@ from typing import Literal
 
 from torch import nn
 
-from .architectures import HIERARCHICAL_ARCHITECTURES, HierarchicalArchitecture
-from .block_stack import BlockStack, find_block_stacks, find_submodule, join_names, known_backbones, model_type_of
+from .architectures import HierarchicalArchitecture
+from .block_stack import BlockStack, join_names, model_type_of
 from .config import TopDownConfig
 from .value_projection import input_size
 
@@ -40,47 +40,14 @@ class HierarchicalStack(BlockStack):
         return [*self.names, *self.block_names]
 
 
-def find_transformer_stacks(model: nn.Module, config: TopDownConfig) -> list[BlockStack]:
-    """Find what the two passes run over: the stages of a hierarchical transformer, or else one list of blocks.
-
-    Touches nothing.
-
-    Args:
-        model: the model to adapt.
-        config: says which part of it is in the feedback loop.
-
-    Returns:
-        One [`HierarchicalStack`] for a hierarchical transformer.
-
-    Raises:
-        ValueError: if there is none or more than one, or if `config` does not fit.
-    """
-    known = _known_hierarchies(model)
-    # Inside of another model, a detector for example, `target_modules` may be about that one's attention.
-    if not known or (config.target_modules is not None and model_type_of(model) not in HIERARCHICAL_ARCHITECTURES):
-        return find_block_stacks(model, config)
-    several = sorted([*known, *known_backbones(model)])
-    if len(several) > 1:
-        raise ValueError(
-            f"{type(model).__name__} has several backbones: {several}. Choose one with `target_modules`, or adapt the "
-            "module that holds the hierarchical transformer before it becomes a part of this model."
-        )
-    [(backbone_name, architecture)] = known.items()
-    return [_make_stack(model, backbone_name, architecture, config)]
-
-
-def _known_hierarchies(model: nn.Module) -> dict[str, HierarchicalArchitecture]:
-    backbones = {}
-    for name, module in model.named_modules():
-        architecture = HIERARCHICAL_ARCHITECTURES.get(model_type_of(module))
-        if architecture is not None and isinstance(find_submodule(module, architecture.stages), nn.ModuleList):
-            backbones[name] = architecture
-    return backbones
-
-
-def _make_stack(
+def make_hierarchical_stack(
     model: nn.Module, backbone_name: str, architecture: HierarchicalArchitecture, config: TopDownConfig
 ) -> HierarchicalStack:
+    """The blocks of the hierarchical transformer `backbone_name`.
+
+    Raises:
+        ValueError: if `config` does not fit.
+    """
     backbone = model.get_submodule(backbone_name)
     stage_names = [f"{architecture.stages}.{i}" for i in range(len(backbone.get_submodule(architecture.stages)))]
     blocks = {

@@ -15,13 +15,14 @@ from .block_stack import BlockStack
 from .config import TopDownConfig
 from .convolutional_feedback import ConvolutionalFeedbackPath
 from .feedback import NO_MERGE, FeedbackPath, TopDownLayer, belongs_to
+from .find_stacks import find_stacks
 from .hierarchical_feedback import HierarchicalFeedbackPath
 from .hierarchical_passes import TwoPassesOverHierarchy
 from .hierarchical_stack import HierarchicalStack
 from .passes import TwoPasses
 from .pretrained_feedback import copy_weights, start_from_pretrained
 from .stage_passes import TwoPassesOverStages
-from .stage_stack import StageStack, find_stacks
+from .stage_stack import StageStack
 
 # Modules that PEFT itself adds to `modules_to_save` by task type, whether the model has them or not.
 _HEADS_ADDED_BY_PEFT = {"classifier", "score", "qa_outputs"}

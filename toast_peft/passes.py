@@ -14,10 +14,10 @@ running; it is kept per thread and restored when a forward ends, however it ends
 import functools
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -183,6 +183,20 @@ class CheckpointWithFeedback:
             self.state.feedback, self.state.in_checkpoint = previous
 
 
+def wrap_checkpoint(module: nn.Module, wrapper: type, *args: Any) -> None:
+    """Put `wrapper(checkpoint, *args)` in place of the module's gradient checkpointing function, if it has one."""
+    checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+    if checkpoint is not None and not isinstance(checkpoint, wrapper):
+        module._gradient_checkpointing_func = wrapper(checkpoint, *args)
+
+
+def unwrap_checkpoint(module: nn.Module, wrapper: type) -> None:
+    """Put back what `wrap_checkpoint` has wrapped."""
+    checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+    if isinstance(checkpoint, wrapper):
+        module._gradient_checkpointing_func = checkpoint.checkpoint
+
+
 class BlockForward(ReplacedForward):
     """Forward of a block: skips it where a pass does not need it, and gives it its feedback in pass 2."""
 
@@ -243,15 +257,11 @@ class BlockForward(ReplacedForward):
 
     def carry_feedback_through_checkpoints(self) -> None:
         """Wrap the block's checkpointing function; again at each forward, as enabling checkpointing sets a new one."""
-        checkpoint = getattr(self.module, "_gradient_checkpointing_func", None)
-        if checkpoint is not None and not isinstance(checkpoint, CheckpointWithFeedback):
-            self.module._gradient_checkpointing_func = CheckpointWithFeedback(checkpoint, self.state, self)
+        wrap_checkpoint(self.module, CheckpointWithFeedback, self.state, self)
 
     def remove(self) -> None:
         super().remove()
-        checkpoint = getattr(self.module, "_gradient_checkpointing_func", None)
-        if isinstance(checkpoint, CheckpointWithFeedback):
-            self.module._gradient_checkpointing_func = checkpoint.checkpoint
+        unwrap_checkpoint(self.module, CheckpointWithFeedback)
 
 
 class BackboneForward(ReplacedForward):
@@ -383,15 +393,21 @@ class TwoPasses:
         path: computes the feedback.
     """
 
+    block_forward_class: ClassVar = BlockForward
+    backbone_forward_class: ClassVar = BackboneForward
     loss_hook: LossHook | None = None
 
     def __init__(self, stack: BlockStack, path: FeedbackPath) -> None:
         self.state = ThreadState()
         self.block_forwards = [
-            BlockForward(block, self.state, index, path) for index, block in enumerate(stack.blocks)
+            self.block_forward_class(module, self.state, index, path) for index, module in self.numbered_modules(stack)
         ]
-        self.backbone_forward = BackboneForward(stack, path, self.state, self.block_forwards)
+        self.backbone_forward = self.backbone_forward_class(stack, path, self.state, self.block_forwards)
         self.value_hooks: dict[int, ValueHooks] = {}
+
+    def numbered_modules(self, stack: BlockStack) -> Iterable[tuple[int, nn.Module]]:
+        """The modules that a pass can skip."""
+        return enumerate(stack.blocks)
 
     def add_loss_hook(self, model: nn.Module) -> None:
         """Let `model` add the variational loss to the loss it returns."""

@@ -10,7 +10,7 @@ Batch norms in training mode update their running statistics once in a forward, 
 with zero feedback exactly as those of the base model do. Both passes normalise with the statistics of the batch then.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -109,12 +109,12 @@ class TwoPassesOverStages(TwoPasses):
         path: computes the feedback.
     """
 
-    def __init__(self, stack: StageStack, path: ConvolutionalFeedbackPath) -> None:
-        self.state = ThreadState()
-        modules = [(_STEM, stack.stem), *enumerate(stack.blocks)]
-        self.block_forwards = [StageForward(module, self.state, index, path) for index, module in modules]
-        self.backbone_forward = ConvolutionalBackboneForward(stack, path, self.state, self.block_forwards)
-        self.value_hooks = {}
+    block_forward_class = StageForward
+    backbone_forward_class = ConvolutionalBackboneForward
+
+    def numbered_modules(self, stack: StageStack) -> Iterable[tuple[int, nn.Module]]:
+        """The modules that a pass can skip, the stem with them."""
+        return [(_STEM, stack.stem), *enumerate(stack.blocks)]
 
     def add_value_projection(self, index: int, value_projection: nn.Module, columns: ValueColumns | None) -> None:
         """Nothing: the stages add the feedback themselves."""

@@ -8,10 +8,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .architectures import CONVOLUTIONAL_ARCHITECTURES, ConvolutionalArchitecture
-from .block_stack import BlockStack, find_submodule, join_names, known_backbones, model_type_of
+from .architectures import ConvolutionalArchitecture
+from .block_stack import BlockStack, find_submodule, join_names, model_type_of
 from .config import TopDownConfig
-from .hierarchical_stack import find_transformer_stacks
 
 
 @dataclass
@@ -60,47 +59,14 @@ class StageStack(BlockStack):
         return [*super().adapted_names, self.stem_name]
 
 
-def find_stacks(model: nn.Module, config: TopDownConfig) -> list[BlockStack]:
-    """Find what the two passes run over: the stages of a ConvNet, or else the blocks of one or more transformers.
-
-    Touches nothing.
-
-    Args:
-        model: the model to adapt.
-        config: says which part of it is in the feedback loop.
-
-    Returns:
-        One [`StageStack`] for a ConvNet; for others what [`find_transformer_stacks`] finds.
-
-    Raises:
-        ValueError: if there is none, if it is not clear which of several is meant, or if `config` does not fit.
-    """
-    known = _known_convolutional_backbones(model)
-    # Inside of another model, a detector for example, `target_modules` may be about that one's attention.
-    if not known or (config.target_modules is not None and model_type_of(model) not in CONVOLUTIONAL_ARCHITECTURES):
-        return find_transformer_stacks(model, config)
-    several = sorted([*known, *known_backbones(model)])
-    if len(several) > 1:
-        raise ValueError(
-            f"{type(model).__name__} has several backbones: {several}. Choose a transformer with `target_modules`, or "
-            "adapt the module that holds the ConvNet before it becomes a part of this model."
-        )
-    [(backbone_name, architecture)] = known.items()
-    return [_make_stack(model, backbone_name, architecture, config)]
-
-
-def _known_convolutional_backbones(model: nn.Module) -> dict[str, ConvolutionalArchitecture]:
-    backbones = {}
-    for name, module in model.named_modules():
-        architecture = CONVOLUTIONAL_ARCHITECTURES.get(model_type_of(module))
-        if architecture is not None and isinstance(find_submodule(module, architecture.stages), nn.ModuleList):
-            backbones[name] = architecture
-    return backbones
-
-
-def _make_stack(
+def make_stage_stack(
     model: nn.Module, backbone_name: str, architecture: ConvolutionalArchitecture, config: TopDownConfig
 ) -> StageStack:
+    """The stages of the ConvNet `backbone_name`.
+
+    Raises:
+        ValueError: if `config` does not fit.
+    """
     backbone = model.get_submodule(backbone_name)
     stages, stem = backbone.get_submodule(architecture.stages), backbone.get_submodule(architecture.stem)
     stages_name, stem_name = (
