@@ -12,6 +12,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from toast_peft import TopDownConfig
+from toast_peft.feedback import FeedbackPath
 
 from .further_models import FURTHER_MODELS, images_and_text
 
@@ -145,6 +146,23 @@ def move_adapter(model: PeftModel, name: str = "default") -> None:
             parameter.copy_(features[0, -1])
         elif "topdown_" in key and f".{name}" in key:
             add_noise(parameter)
+
+
+def paths_of(model: nn.Module) -> list[FeedbackPath]:
+    """The feedback paths, from the input to the output."""
+    return [module for module in model.modules() if isinstance(module, FeedbackPath)]
+
+
+def turn_prompts(model: PeftModel, inputs: dict[str, torch.Tensor]) -> None:
+    """Turn the prompt of each path to one of its features, so that no mask is zero."""
+
+    @torch.no_grad()
+    def turn(path: FeedbackPath, args: tuple) -> None:
+        path.selection.topdown_prompt["default"].weight.copy_(args[0][0, -1])
+
+    for path in paths_of(model):  # one after the other, as a decoder's features depend on its encoder
+        with path.register_forward_pre_hook(turn):
+            output_of(model, inputs)
 
 
 def trained_everywhere(model_class: type, **options: Any) -> PeftModel:

@@ -13,10 +13,21 @@ from torch import nn
 from torch.nn import functional as F
 
 from toast_peft.architectures import ARCHITECTURES
-from toast_peft.feedback import FeedbackPath
 
 from .further_models import FURTHER_MODELS
-from .models import MODELS, RANGES, adapted, add_noise, gradients, inputs_of, loss_of, output_of, tiny_model
+from .models import (
+    MODELS,
+    RANGES,
+    adapted,
+    add_noise,
+    gradients,
+    inputs_of,
+    loss_of,
+    output_of,
+    paths_of,
+    tiny_model,
+    turn_prompts,
+)
 
 # Their value projections compute queries and keys as well.
 FUSED = [
@@ -36,10 +47,6 @@ VISION_TOWERS = {
 LINEAR = (nn.Linear, tf.pytorch_utils.Conv1D)
 
 
-def paths_of(model: nn.Module) -> list[FeedbackPath]:
-    return [module for module in model.modules() if isinstance(module, FeedbackPath)]
-
-
 def moved(model_class: type, **options: Any) -> PeftModel:
     """A model with an adapter whose effect is visible."""
     model = adapted(tiny_model(model_class), **options)
@@ -50,16 +57,8 @@ def moved(model_class: type, **options: Any) -> PeftModel:
 def turn(model: PeftModel) -> None:
     """Put noise on the weights of the adapter, and turn each prompt to some feature."""
     torch.manual_seed(1)
-
-    @torch.no_grad()
-    def turn_prompt(path: FeedbackPath, args: tuple) -> None:
-        path.selection.topdown_prompt["default"].weight.copy_(args[0][0, -1])
-
-    with torch.no_grad():
-        add_noise(*(parameter for name, parameter in model.named_parameters() if "topdown_" in name))
-    for path in paths_of(model):  # from the input to the output, as a decoder's features depend on its encoder
-        with path.register_forward_pre_hook(turn_prompt):
-            output_of(model)
+    add_noise(*(parameter for name, parameter in model.named_parameters() if "topdown_" in name))
+    turn_prompts(model, inputs_of(model))
 
 
 def test_every_supported_type_is_in_a_table() -> None:

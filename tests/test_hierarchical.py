@@ -17,7 +17,7 @@ from toast_peft import TopDownConfig
 from toast_peft.architectures import HIERARCHICAL_ARCHITECTURES
 from toast_peft.feedback import FeedbackPath
 
-from .models import adapted, add_noise, gradients, loss_of, output_of
+from .models import adapted, add_noise, gradients, loss_of, output_of, paths_of, turn_prompts
 
 _SWIN = {
     "image_size": 32,
@@ -74,23 +74,12 @@ def moved(model_class: type, inputs: dict[str, Any] | None = None, **options: An
     model = adapted(tiny_model(model_class), **options)
     torch.manual_seed(1)
     add_noise(*(parameter for name, parameter in model.named_parameters() if "topdown_" in name))
-    turn_prompt(model, inputs or images())
+    turn_prompts(model, inputs or images())
     return model
 
 
-def turn_prompt(model: PeftModel, inputs: dict[str, Any]) -> None:
-    """Make the prompt one of the features, so that the mask is not zero."""
-
-    @torch.no_grad()
-    def turn(path: FeedbackPath, args: tuple) -> None:
-        path.selection.topdown_prompt["default"].weight.copy_(args[0][0, -1])
-
-    with path_of(model).register_forward_pre_hook(turn):
-        output_of(model, inputs)
-
-
 def path_of(model: nn.Module) -> FeedbackPath:
-    [path] = (module for module in model.modules() if isinstance(module, FeedbackPath))
+    [path] = paths_of(model)
     return path
 
 
@@ -210,7 +199,7 @@ def test_lite_starts_its_chain_as_full_does(model_class: type, variant: str) -> 
     for rank in (0, 2):
         torch.manual_seed(0)
         model = adapted(tiny_model(model_class), r=rank, **options)
-        turn_prompt(model, images())
+        turn_prompts(model, images())
         path, found = path_of(model), []
         for layer in path.layers.values():
             layer.register_forward_hook(lambda layer, args, output, found=found: found.append(output[0]))
