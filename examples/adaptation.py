@@ -49,7 +49,9 @@ class DataArguments:
         metadata={"help": "Data set on the Hub, or a local folder as `load_dataset` takes it. Default: offline data."},
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
-    train_file: str | None = field(default=None, metadata={"help": "Local .parquet, .json, .jsonl, .csv or .txt."})
+    train_file: str | None = field(
+        default=None, metadata={"help": "Local .parquet, .json, .jsonl, .csv or .txt, or one of these with .gz."}
+    )
     validation_file: str | None = field(default=None, metadata={"help": "As train_file, for the evaluation."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many rows at most."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many rows at most."})
@@ -59,7 +61,8 @@ def named_data(arguments: DataArguments) -> DatasetDict | None:
     """The data the arguments name, with the splits "train" and "validation"; `None` if they name none."""
     if arguments.train_file is not None:
         files = {"train": arguments.train_file, "validation": arguments.validation_file}
-        builder = {"jsonl": "json", "txt": "text"}.get(suffix := Path(arguments.train_file).suffix[1:], suffix)
+        suffix = Path(arguments.train_file.removesuffix(".gz")).suffix[1:]
+        builder = {"jsonl": "json", "txt": "text"}.get(suffix, suffix)
         data = load_dataset(builder, data_files={split: name for split, name in files.items() if name})
     elif arguments.dataset_name is not None:
         data = load_dataset(arguments.dataset_name, arguments.dataset_config_name)

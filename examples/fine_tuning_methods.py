@@ -1,7 +1,8 @@
-"""The methods that `compare_methods.py` compares: what each of them trains in an image classifier.
+"""The methods that the comparisons compare: what each of them trains in an image classifier or a language model.
 
-All train the new head as well. With the same seed they all start from the same head and see the images in the same
-order. A linear probe could be trained on stored features; here it runs the model in each step, as the others do.
+In a classifier all train the new head as well. With the same seed they all start from the same head and see the data
+in the same order. A linear probe could be trained on stored features; here it runs the model in each step, as the
+others do.
 """
 
 import math
@@ -30,6 +31,8 @@ LEARNING_RATES = {
     "toast-initialized": 2e-3,
     "toast-pretuned": 2e-3,
 }
+# Of a new head, with every method. The linear probe searches around its own.
+HEAD_LEARNING_RATE = 3e-3
 PROMPT_LENGTH = 10
 
 
@@ -83,32 +86,32 @@ def add_deep_prompts(model: PreTrainedModel, length: int = PROMPT_LENGTH) -> Non
 
 
 def apply_method(
-    model: PreTrainedModel, method: str, images: DataLoader, pretrained_feedback: str | None = None
+    model: PreTrainedModel, method: str, batches: DataLoader, pretrained_feedback: str | None = None, **options: Any
 ) -> nn.Module:
     """Make a model ready for training with a method.
 
     Args:
         model: the base model; it is changed.
         method: one of `LEARNING_RATES`.
-        images: training batches, for a method that starts from the data.
+        batches: training batches, for a method that starts from the data.
         pretrained_feedback: the saved TOAST adapter that "toast-pretuned" starts from.
+        options: `task_type` and `modules_to_save` of the PEFT config; the latter is also what the methods without an
+            adapter train besides what is theirs.
 
     Returns:
         A PEFT model, or for the methods without an adapter the model itself.
     """
-    head = [name for name, _ in model.named_children() if name != model.base_model_prefix]
     if method == "lora":
-        lora = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], modules_to_save=head)
-        return get_peft_model(model, lora)
+        return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], **options))
     if method.startswith("toast"):
-        model = get_peft_model(
-            model, TopDownConfig(modules_to_save=head, **_toast_options(method, pretrained_feedback))
-        )
+        model = get_peft_model(model, TopDownConfig(**options, **_toast_options(method, pretrained_feedback)))
         if method == "toast-initialized":
-            toast_peft.initialize_feedback(model, images)
+            toast_peft.initialize_feedback(model, batches)
         return model
     if method != "full":
-        model.base_model.requires_grad_(False)
+        model.requires_grad_(False)
+        for name in options["modules_to_save"]:
+            model.get_submodule(name).requires_grad_(True)
     if method == "bitfit":
         for name, parameter in model.named_parameters():
             parameter.requires_grad |= name.endswith(".bias")

@@ -86,6 +86,18 @@ def load_images(arguments: ImageArguments) -> DatasetDict:
     return shortened(data, arguments)
 
 
+def make_processor(base: str, image_size: int | None) -> BaseImageProcessor:
+    """The base model's image processor, for another image size if one is given."""
+    size = {} if image_size is None else {"height": image_size, "width": image_size}
+    sizes = {name: size for name in ("size", "crop_size") if size}
+    return AutoImageProcessor.from_pretrained(base, backend="pil", **sizes)
+
+
+def position_arguments(image_size: int | None) -> dict[str, bool]:
+    """What the forward needs to resize the position embeddings to images of another size, if one is given."""
+    return {} if image_size is None else {"interpolate_pos_encoding": True}
+
+
 def preprocess(data: Dataset, processor: BaseImageProcessor) -> Dataset:
     """The data with images turned into pixel values when they are read."""
 

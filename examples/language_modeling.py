@@ -15,7 +15,15 @@ from itertools import chain
 from pathlib import Path
 
 import torch
-from adaptation import DataArguments, ModelArguments, adapt, named_data, shortened, train_and_evaluate
+from adaptation import (
+    BaseModelArguments,
+    DataArguments,
+    ModelArguments,
+    adapt,
+    named_data,
+    shortened,
+    train_and_evaluate,
+)
 from datasets import DatasetDict
 from offline_data import library_docstrings
 from tokenizers import Tokenizer
@@ -88,9 +96,10 @@ def blocks_of_tokens(tokenizer: PreTrainedTokenizerBase, block_size: int) -> Cal
     """A function that tokenizes texts, joins them and cuts them into blocks; what is left at the end is dropped."""
 
     def blocks(rows: dict[str, list]) -> dict[str, list]:
-        # Not every tokenizer ends a text by itself.
-        ends = [tokenizer.eos_token_id]
-        texts = tokenizer(rows["text"], add_special_tokens=False)["input_ids"]
+        texts = tokenizer(rows["text"])["input_ids"]
+        # Not every tokenizer marks where a text starts or ends.
+        marks = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+        ends = [tokenizer.eos_token_id] if marks.isdisjoint(texts[0][:1] + texts[0][-1:]) else []
         tokens = list(chain.from_iterable(text + ends for text in texts))
         cut = [tokens[start : start + block_size] for start in range(0, len(tokens) - block_size + 1, block_size)]
         return {"input_ids": cut, "labels": [list(block) for block in cut]}
@@ -101,7 +110,7 @@ def blocks_of_tokens(tokenizer: PreTrainedTokenizerBase, block_size: int) -> Cal
 def preprocess(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, block_size: int) -> DatasetDict:
     """The texts as blocks of tokens."""
     blocks = blocks_of_tokens(tokenizer, block_size)
-    return data.map(blocks, batched=True, remove_columns=data["train"].column_names, desc="Tokenizing")
+    return data.map(blocks, batched=True, remove_columns="text", desc="Tokenizing")
 
 
 def make_trainer(
@@ -159,6 +168,16 @@ def pretrain(folder: Path, steps: int, block_size: int) -> None:
     model.save_pretrained(folder)
 
 
+def base_model_name(arguments: BaseModelArguments, output_dir: str, block_size: int) -> str:
+    """The name of the model to adapt; if none is given the small LLaMA, which is pre-trained at first use."""
+    if arguments.model_name_or_path is not None:
+        return arguments.model_name_or_path
+    folder = Path(output_dir).parent / "small_llama"
+    if not (folder / "model.safetensors").exists():
+        pretrain(folder, arguments.pretraining_steps, block_size)
+    return str(folder)
+
+
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     """Run the script.
 
@@ -170,11 +189,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     """
     model_arguments, data_arguments, training_arguments = parse(arguments)
     set_seed(training_arguments.seed)
-    base = model_arguments.model_name_or_path
-    if base is None:
-        base = Path(training_arguments.output_dir).parent / "small_llama"
-        if not (base / "model.safetensors").exists():
-            pretrain(base, model_arguments.pretraining_steps, data_arguments.block_size)
+    base = base_model_name(model_arguments, training_arguments.output_dir, data_arguments.block_size)
     set_seed(training_arguments.seed)  # the same start whether or not the base model was pre-trained just now
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base)

@@ -27,7 +27,6 @@ from peft import get_peft_model
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
-    AutoImageProcessor,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoTokenizer,
@@ -57,6 +56,10 @@ class PretuneArguments:
     image_column_name: str = field(default="image", metadata={"help": "Column with the images."})
     label_column_name: str | None = field(
         default=None, metadata={"help": "Column with the classes of the images. Default: without labels."}
+    )
+    image_size: int | None = field(
+        default=None,
+        metadata={"help": "Resize images to this size, and the model's position embeddings with them."},
     )
     text_column_name: str = field(default="text", metadata={"help": "Column with the texts."})
     block_size: int = field(default=128, metadata={"help": "The texts are joined and cut into blocks of this length."})
@@ -120,7 +123,7 @@ def stream(arguments: PretuneArguments, seed: int) -> IterableDataset:
 
 def images(arguments: PretuneArguments, seed: int, base: str) -> tuple[nn.Module, IterableDataset, TopDownConfig]:
     """A classifier, pixel values with labels if there are any, and what is trained."""
-    processor = AutoImageProcessor.from_pretrained(base, backend="pil")
+    processor = image_classification.make_processor(base, arguments.image_size)
     data, label = stream(arguments, seed), arguments.label_column_name
     options = {} if label is None else {"num_labels": data.features[label].num_classes}
     model = AutoModelForImageClassification.from_pretrained(base, ignore_mismatched_sizes=True, **options)
@@ -175,8 +178,12 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     model, data, config = prepare(pretune_arguments, training_arguments.seed, base)
     if pretune_arguments.variational_weight is not None:
         config.variational_weight = pretune_arguments.variational_weight
+    positions = image_classification.position_arguments(pretune_arguments.image_size)
     trainer = PretuneTrainer(
-        get_peft_model(model, config), training_arguments, train_dataset=data, data_collator=default_data_collator
+        get_peft_model(model, config),
+        training_arguments,
+        train_dataset=data,
+        data_collator=lambda rows: default_data_collator(rows) | positions,
     )
     metrics = trainer.train(resume_from_checkpoint=training_arguments.resume_from_checkpoint).metrics
     trainer.save_model()

@@ -9,8 +9,8 @@ import compare_methods
 import fine_tuning_methods
 import pytest
 import torch
-from compare_methods import search_points, training_step_cost
-from fine_tuning_methods import LEARNING_RATES, add_deep_prompts, apply_method
+from comparison import Run, make_optimizer, search_points, training_step_cost
+from fine_tuning_methods import HEAD_LEARNING_RATE, LEARNING_RATES, add_deep_prompts, apply_method
 from PIL import Image
 from torch import nn
 from transformers import Trainer, ViTForImageClassification, ViTImageProcessorPil
@@ -23,6 +23,7 @@ from .models import HIDDEN_SIZE, NUM_BLOCKS, inputs_of, tiny_model
 SHORT = ["--methods", "linear", "toast-lite", "--tries", "1", "--seeds", "1", "--validation_share", "0.25"]
 SHORT += ["--max_train_samples", "20", "--max_eval_samples", "24", "--num_train_epochs", "1", "--image_size", "16"]
 HEAD = {"classifier.weight", "classifier.bias"}
+NEW_HEAD = {"modules_to_save": ["classifier"]}
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def trainings(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, float]]:
     train = Trainer.train
 
     def counted(trainer: Trainer) -> object:
-        sizes.append((len(trainer.train_dataset), trainer.args.learning_rate))
+        sizes.append((len(trainer.train_dataset), trainer.optimizer.param_groups[0]["lr"]))
         if len(sizes) == 3:
             raise KeyboardInterrupt
         return train(trainer)
@@ -101,7 +102,7 @@ def test_more_seeds_and_tries_only_add_runs(script: Callable, tmp_path: Path) ->
     accuracies = torch.tensor([entry["metrics"]["accuracy"] for entry in runs[1:]], dtype=torch.float64)
     assert len({entry["run"]["seed"] for entry in runs[1:]}) == 3
     assert row["accuracy"] == pytest.approx(accuracies.mean().item())
-    assert row["deviation"] == pytest.approx(accuracies.std().item())
+    assert row["accuracy deviation"] == pytest.approx(accuracies.std().item())
     script("--methods", "linear", "--tries", "2")
     assert sum(entry["run"]["evaluated_on"] == "validation" for entry in stored_runs(tmp_path / "comparison")) == 2
 
@@ -156,7 +157,7 @@ def test_the_best_try_is_the_one_of_the_highest_validation_accuracy_then_lowest_
 ) -> None:
     measured = iter([(0.5, 1.0), (0.7, 2.0), (0.7, 1.5), (0.6, 0.1)])
     arguments, _, training_arguments = compare_methods.parse(["--tries", "4"])
-    comparison = compare_methods.Comparison(arguments, training_arguments, "", {}, {}, None, None)
+    comparison = compare_methods.ImageComparison(arguments, training_arguments, "", {}, None, None, {})
     monkeypatch.setattr(
         comparison, "metrics", lambda run: dict(zip(("accuracy", "loss"), next(measured), strict=True))
     )
@@ -256,13 +257,25 @@ def test_trainable_parameters(
 ) -> None:
     calls = []
     monkeypatch.setattr(toast_peft, "initialize_feedback", lambda *args: calls.append(args), raising=False)
-    model = apply_method(tiny_model(ViTForImageClassification), method, "batches", "saved")
+    model = apply_method(tiny_model(ViTForImageClassification), method, "batches", "saved", **NEW_HEAD)
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     for addition in ("base_model.model.", ".default", ".modules_to_save"):
         names = {name.replace(addition, "") for name in names}
     assert names == TRAINABLE[method] | HEAD
     assert ("saved" in pretrained_feedback) == (method == "toast-pretuned")
     assert calls == ([(model, "batches")] if method == "toast-initialized" else [])
+
+
+@pytest.mark.parametrize("method", ["linear", "lora", "toast", "bitfit"])
+def test_a_new_head_has_the_same_learning_rate_with_all_methods(method: str) -> None:
+    model = apply_method(tiny_model(ViTForImageClassification), method, None, **NEW_HEAD)
+    groups = make_optimizer(model, Run(method, "test", 0.5, 0.25, seed=0), ["classifier"]).param_groups
+    used = {id(parameter): (group["lr"], group["weight_decay"]) for group in groups for parameter in group["params"]}
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert used.keys() == {id(parameter) for parameter in trained.values()}
+    for name, parameter in trained.items():
+        rate = HEAD_LEARNING_RATE if "classifier" in name and method != "linear" else 0.5
+        assert used[id(parameter)] == (rate, 0.0 if parameter.dim() == 1 else 0.25)
 
 
 def prompted_logits(model: ViTForImageClassification, prompts: torch.Tensor) -> torch.Tensor:
@@ -311,7 +324,7 @@ def test_cost_of_a_training_step() -> None:
     forward = images * patches * patch_values * d + NUM_BLOCKS * block + head
     cost = {}
     for method in ("linear", "full", "lora", "toast-late"):
-        model = apply_method(tiny_model(ViTForImageClassification), method, None)
+        model = apply_method(tiny_model(ViTForImageClassification), method, None, **NEW_HEAD)
         cost[method] = training_step_cost(model, batch)
         assert all(parameter.grad is None for parameter in model.parameters())
     # The backward of a linear probe computes the gradient of the head's weight, the features need none.
