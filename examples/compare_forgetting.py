@@ -20,6 +20,7 @@ import torch
 from comparison import Comparison, ComparisonArguments, Results, Rows, parse_comparison, run_comparison
 from datasets import Dataset, DatasetDict
 from demo import only_progress_of_training
+from fine_tuning_methods import LEARNING_RATES
 from language_modeling import TextArguments, base_model_name, load_texts, preprocess
 from offline_data import library_docstrings
 from tqdm import tqdm
@@ -33,16 +34,7 @@ from transformers import (
     set_seed,
 )
 
-METHODS = (
-    "full",
-    "lora",
-    "toast",
-    "toast-lite",
-    "toast-early",
-    "toast-late",
-    "toast-initialized",
-    "toast-pretuned",
-)
+METHODS = [method for method in LEARNING_RATES if method not in ("linear", "bitfit", "vpt-deep")]
 COLUMNS = ["target perplexity", "source perplexity"]
 
 

@@ -24,12 +24,13 @@ LEARNING_RATES = {
     "bitfit": 3e-3,
     "lora": 3e-3,
     "vpt-deep": 1e-2,
-    "toast": 2e-3,
-    "toast-lite": 3e-3,
-    "toast-early": 2e-3,
-    "toast-late": 2e-3,
-    "toast-initialized": 2e-3,
-    "toast-pretuned": 2e-3,
+    "toast": 5e-4,
+    "toast-initialized": 5e-4,
+    "toast-pretuned": 5e-4,
+    "toast-early": 5e-4,
+    "toast-late": 5e-4,
+    "toast-lite": 2e-3,
+    "toast-lite-initialized": 2e-3,
 }
 # Of a new head, with every method. The linear probe searches around its own.
 HEAD_LEARNING_RATE = 3e-3
@@ -105,7 +106,7 @@ def apply_method(
         return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], **options))
     if method.startswith("toast"):
         model = get_peft_model(model, TopDownConfig(**options, **_toast_options(method, pretrained_feedback)))
-        if method == "toast-initialized":
+        if method.endswith("-initialized"):
             toast_peft.initialize_feedback(model, batches)
         return model
     if method != "full":
@@ -123,9 +124,10 @@ def apply_method(
 def _toast_options(method: str, pretrained_feedback: str | None) -> dict[str, Any]:
     return {
         "toast": {},
-        "toast-lite": {"r": 8},
         "toast-early": {"feedback_from": 0.5},
         "toast-late": {"feedback_to": 0.5},
         "toast-initialized": {},
         "toast-pretuned": {"pretrained_feedback": pretrained_feedback},
+        "toast-lite": {"r": 8},
+        "toast-lite-initialized": {"r": 8},
     }[method]

@@ -69,7 +69,7 @@ def test_without_labels_the_output_stays(bases: Path, tmp_path: Path) -> None:
 def test_images_with_labels(bases: Path, tmp_path: Path) -> None:
     data = handwritten_digits(range(5, 10), examples_per_class=8)
     data["train"].to_parquet(tmp_path / "data" / "train.parquet")
-    options = ["--dataset_name", str(tmp_path / "data"), "--label_column_name", "label"]
+    options = ["--dataset_name", str(tmp_path / "data"), "--label_column_name", "label", "--image_size", "16"]
     run("images", bases, tmp_path / "out", *options)
     saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert any("classifier" in name for name in saved)
