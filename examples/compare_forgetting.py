@@ -20,7 +20,7 @@ import torch
 from comparison import Comparison, ComparisonArguments, Results, Rows, parse_comparison, run_comparison
 from datasets import Dataset, DatasetDict
 from demo import only_progress_of_training
-from fine_tuning_methods import LEARNING_RATES
+from fine_tuning_methods import TEXT_LEARNING_RATES
 from language_modeling import TextArguments, base_model_name, load_texts, preprocess
 from offline_data import library_docstrings
 from tqdm import tqdm
@@ -34,7 +34,6 @@ from transformers import (
     set_seed,
 )
 
-METHODS = [method for method in LEARNING_RATES if method not in ("linear", "bitfit", "vpt-deep")]
 COLUMNS = ["target perplexity", "source perplexity"]
 
 
@@ -49,6 +48,8 @@ class ForgettingArguments(ComparisonArguments):
 
 class ForgettingComparison(Comparison):
     """A comparison of language models, with the further split "source"."""
+
+    learning_rates = TEXT_LEARNING_RATES
 
     def load_model(self) -> tuple[torch.nn.Module, dict[str, Any]]:
         """A language model."""
@@ -79,7 +80,7 @@ def parse(arguments: list[str] | None = None) -> tuple[ForgettingArguments, Text
     parser = HfArgumentParser((ForgettingArguments, TextArguments, TrainingArguments), description=__doc__)
     return parse_comparison(
         parser,
-        METHODS,
+        TEXT_LEARNING_RATES,
         arguments,
         output_dir="outputs/forgetting",
         num_train_epochs=3,

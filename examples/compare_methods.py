@@ -51,6 +51,7 @@ class ImageComparison(Comparison):
         classes: a data set with the classes.
     """
 
+    learning_rates = LEARNING_RATES
     arguments: ImageComparisonArguments
     classes: DatasetDict
 

@@ -16,12 +16,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from adaptation import BaseModelArguments, number_of_trainable_parameters
 from benchmarks.cost import Method, activation_memory
-from fine_tuning_methods import HEAD_LEARNING_RATE, LEARNING_RATES, apply_method
+from fine_tuning_methods import HEAD_LEARNING_RATE, apply_method
 from matplotlib.figure import Figure
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -39,7 +39,7 @@ class ComparisonArguments(BaseModelArguments):
     """Which model to adapt, and what to compare."""
 
     methods: list[str] | None = field(
-        default=None, metadata={"help": f"Some of {', '.join(LEARNING_RATES)}. Default: all that can run."}
+        default=None, metadata={"help": "Methods of `fine_tuning_methods.py`. Default: all that can run."}
     )
     tries: int = field(default=3, metadata={"help": "Learning rates and weight decays tried for each method."})
     seeds: int = field(default=3, metadata={"help": "How often the best of these is trained and tested."})
@@ -169,6 +169,8 @@ class Results:
 class Comparison(ABC):
     """All that a run needs.
 
+    `learning_rates` are the usual ones of the methods; the search is around them.
+
     Args:
         arguments, training_arguments: those of the script.
         base: name of the base model.
@@ -177,6 +179,7 @@ class Comparison(ABC):
         progress: a bar that counts the runs.
     """
 
+    learning_rates: ClassVar[dict[str, float]]
     arguments: ComparisonArguments
     training_arguments: TrainingArguments
     base: str
@@ -241,7 +244,7 @@ class Comparison(ABC):
 
     def search(self, method: str) -> Run:
         """The learning rate and weight decay that are best on the validation split."""
-        points = search_points(method, self.arguments.tries)
+        points = search_points(self.learning_rates[method], self.arguments.tries)
         start_from = self.arguments.pretrained_feedback if method == "toast-pretuned" else None
         runs = [Run(method, "validation", *point, self.training_arguments.seed, start_from) for point in points]
         goodness = {run: self.goodness(self.metrics(run)) for run in runs}
@@ -286,14 +289,14 @@ def make_optimizer(model: nn.Module, run: Run, new_modules: list[str]) -> torch.
     )
 
 
-def search_points(method: str, tries: int) -> list[tuple[float, float]]:
-    """Learning rates within a factor of 10 of the usual one, and weight decays from 1e-3 to 1.
+def search_points(learning_rate: float, tries: int) -> list[tuple[float, float]]:
+    """Learning rates within a factor of 10 of the given one, and weight decays from 1e-3 to 1.
 
     They are spread evenly on a logarithmic scale: the first is the middle, and more tries only add points.
     """
     # The point before the first is the corner.
     points = SobolEngine(dimension=2).draw(tries + 1, dtype=torch.float64)[1:].tolist()
-    return [(LEARNING_RATES[method] * 10 ** (2 * x - 1), 10 ** (3 * y - 3)) for x, y in points]
+    return [(learning_rate * 10 ** (2 * x - 1), 10 ** (3 * y - 3)) for x, y in points]
 
 
 def training_step_cost(model: nn.Module, batch: dict[str, Any]) -> dict[str, float]:

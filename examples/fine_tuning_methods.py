@@ -17,20 +17,31 @@ from transformers import PreTrainedModel
 import toast_peft
 from toast_peft import TopDownConfig
 
-# The learning rates, for Adam, that the comparison searches around.
+# The learning rates, for Adam, that the comparisons search around: of image classifiers and of language models.
 LEARNING_RATES = {
     "linear": 1e-2,
-    "full": 1e-4,
+    "full": 5e-5,
     "bitfit": 3e-3,
-    "lora": 3e-3,
+    "lora": 2e-3,
     "vpt-deep": 1e-2,
-    "toast": 5e-4,
-    "toast-initialized": 5e-4,
-    "toast-pretuned": 5e-4,
-    "toast-early": 5e-4,
-    "toast-late": 5e-4,
-    "toast-lite": 2e-3,
-    "toast-lite-initialized": 2e-3,
+    "toast": 2e-4,
+    "toast-initialized": 2e-4,
+    "toast-pretuned": 2e-4,
+    "toast-early": 2e-4,
+    "toast-late": 2e-4,
+    "toast-lite": 1e-3,
+    "toast-lite-initialized": 1e-3,
+}
+TEXT_LEARNING_RATES = {
+    "full": 5e-4,
+    "lora": 1e-2,
+    "toast": 3e-3,
+    "toast-initialized": 3e-3,
+    "toast-pretuned": 3e-3,
+    "toast-early": 3e-3,
+    "toast-late": 3e-3,
+    "toast-lite": 1e-2,
+    "toast-lite-initialized": 1e-2,
 }
 # Of a new head, with every method. The linear probe searches around its own.
 HEAD_LEARNING_RATE = 3e-3

@@ -8,8 +8,9 @@ from pathlib import Path
 import compare_forgetting
 import pytest
 import torch
-from compare_forgetting import COLUMNS, METHODS
+from compare_forgetting import COLUMNS
 from comparison import search_points
+from fine_tuning_methods import TEXT_LEARNING_RATES
 from language_modeling import blocks_of_tokens, byte_level_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
@@ -86,7 +87,7 @@ def test_table(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixtu
     assert compare_forgetting.main([*arguments, "--methods", "lora", "toast-lite"]) == rows
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", TEXT_LEARNING_RATES)
 def test_the_best_try_has_the_lowest_perplexity_of_the_target(
     method: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -95,7 +96,7 @@ def test_the_best_try_has_the_lowest_perplexity_of_the_target(
     measured = iter([(4.0, 1.0), (2.0, 9.0), (3.0, 0.5)])
     monkeypatch.setattr(comparison, "metrics", lambda run: dict(zip(COLUMNS, next(measured), strict=True)))
     best = comparison.search(method)
-    assert (best.learning_rate, best.weight_decay) == search_points(method, 3)[1]
+    assert (best.learning_rate, best.weight_decay) == search_points(TEXT_LEARNING_RATES[method], 3)[1]
     assert best.pretrained_feedback == ("saved" if method == "toast-pretuned" else None)
 
 

@@ -10,7 +10,7 @@ import fine_tuning_methods
 import pytest
 import torch
 from comparison import Run, make_optimizer, search_points, training_step_cost
-from fine_tuning_methods import HEAD_LEARNING_RATE, LEARNING_RATES, add_deep_prompts, apply_method
+from fine_tuning_methods import HEAD_LEARNING_RATE, LEARNING_RATES, TEXT_LEARNING_RATES, add_deep_prompts, apply_method
 from PIL import Image
 from torch import nn
 from transformers import Trainer, ViTForImageClassification, ViTImageProcessorPil
@@ -162,17 +162,17 @@ def test_the_best_try_is_the_one_of_the_highest_validation_accuracy_then_lowest_
         comparison, "metrics", lambda run: dict(zip(("accuracy", "loss"), next(measured), strict=True))
     )
     best = comparison.search("toast")
-    assert (best.learning_rate, best.weight_decay) == search_points("toast", 4)[2]
+    assert (best.learning_rate, best.weight_decay) == search_points(LEARNING_RATES["toast"], 4)[2]
     assert best.evaluated_on == "validation"
 
 
 def test_all_methods_are_searched_in_the_same_way() -> None:
-    points = {method: torch.tensor(search_points(method, 7)) for method in LEARNING_RATES}
-    relative = {method: p / torch.tensor([LEARNING_RATES[method], 1.0]) for method, p in points.items()}
-    for method, tried in relative.items():
-        torch.testing.assert_close(tried, relative["linear"])
-        assert points[method][:3].tolist() == torch.tensor(search_points(method, 3)).tolist()
-    rates, decays = relative["toast"].T
+    points = torch.tensor(search_points(1.0, 7))
+    for rate in (TEXT_LEARNING_RATES | LEARNING_RATES).values():
+        tried = torch.tensor(search_points(rate, 7))
+        torch.testing.assert_close(tried / torch.tensor([rate, 1.0]), points)
+        assert tried[:3].tolist() == torch.tensor(search_points(rate, 3)).tolist()
+    rates, decays = points.T
     assert rates[0] == 1
     assert len(set(rates.tolist())) == len(set(decays.tolist())) == 7
     assert 0.1 <= rates.min() < 0.3 and 3 < rates.max() <= 10

@@ -1,9 +1,8 @@
 """Initialises feedback from data, in place of a random prompt and identities.
 
 A random prompt is nearly orthogonal to every token, so the mask is near zero and little feedback gets through. The
-mean of the normalised features is similar to most tokens. And as the chain is linear, the matrices by which it
-computes from the features what the value projections see are a least-squares problem. (The variational loss of
-pre-tuning asks for something else: the input of each block from its own output.)
+mean of the normalised features is similar to most tokens. And the variational loss of pre-tuning, by which the chain
+learns to compute the input of each block from its output, is a least-squares problem for each block.
 
 Notation used for tensor shapes:
     - b: batch size
@@ -44,9 +43,9 @@ class Statistics:
         self.blocks = self.path.blocks_of(adapter_name) if has_chain else []
         self.num_tokens = 0
         self.mean_feature: torch.Tensor | float = 0.0  # [d], not divided by the number of tokens
-        self.gram: torch.Tensor | float = 0.0  # features' x features, [d, d]
-        self.products: dict[int, torch.Tensor | float] = dict.fromkeys(self.blocks, 0.0)  # features' x inputs, [d, d]
-        self.inputs: dict[int, torch.Tensor] = {}
+        self.grams: dict[int, torch.Tensor | float] = dict.fromkeys(self.blocks, 0.0)  # output' output, [d, d]
+        self.differences: dict[int, torch.Tensor | float] = dict.fromkeys(self.blocks, 0.0)  # output' (input - output)
+        self.of_blocks: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # input and output of this forward
         self.attention_mask: torch.Tensor | None = None
 
     @property
@@ -58,30 +57,30 @@ class Statistics:
         yield self.backbone.register_forward_pre_hook(self.start, with_kwargs=True)
         yield self.path.register_forward_pre_hook(self.add)
         for index in self.blocks:
-            value_projection = self.path.layers[str(index)].value_projection
-            yield value_projection.register_forward_pre_hook(partial(self.keep_input, index), prepend=True)
+            block = self.path.passes.block_forwards[index].module
+            yield block.register_forward_hook(partial(self.keep, index), with_kwargs=True)
 
     def start(self, backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """A hook: what the backbone gets. Its attention mask is that of its own tokens, also in a decoder."""
         names = backbone.feedback_path.passes.backbone_forward.argument_names
         mask = (dict(zip(names, args, strict=False)) | kwargs).get("attention_mask")
         self.attention_mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
-        self.inputs = {}
+        self.of_blocks = {}
 
-    def keep_input(self, index: int, value_projection: nn.Module, args: tuple) -> None:
-        """A hook: the input of a value projection in pass 1, which comes first."""
-        self.inputs.setdefault(index, args[0])
+    def keep(self, index: int, block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        """A hook: input and output of a block in pass 1, which comes first."""
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        self.of_blocks.setdefault(index, (hidden_states, output[0] if isinstance(output, tuple) else output))
 
     def add(self, path: FeedbackPath, args: tuple) -> None:
         """A hook: the features, after pass 1."""
         compared = self._tokens(args[2] if isinstance(path, ConvolutionalFeedbackPath) else args[0])
         self.num_tokens += len(compared)
         self.mean_feature = self.mean_feature + F.normalize(compared, dim=-1).sum(0)
-        if self.blocks:
-            features = self._tokens(args[0])
-            self.gram = self.gram + features.T @ features
-            for index, hidden_states in self.inputs.items():
-                self.products[index] = self.products[index] + features.T @ self._tokens(hidden_states)
+        for index, of_block in self.of_blocks.items():
+            hidden_states, output = map(self._tokens, of_block)
+            self.grams[index] = self.grams[index] + output.T @ output
+            self.differences[index] = self.differences[index] + output.T @ (hidden_states - output)
 
     def _tokens(self, x: torch.Tensor) -> torch.Tensor:
         """All tokens but padding. Shape: [b, ..., d] -> [tokens, d]"""
@@ -97,18 +96,16 @@ class Statistics:
     def new_weights(self, ridge: float) -> list[tuple[nn.Parameter, torch.Tensor]]:
         """The prompt and the matrices of the chain, each with its new values.
 
-        With `z_l = x P_l` solves `z_{l+1} linear1_l' = input_l` from the top down; of `x` only sums are needed.
+        With a ridge towards the identity, which in a residual block is not far away, `linear1' - 1` solves
+        `(output' output + ridge) (linear1' - 1) = output' (input - output)`.
         """
         prompt = self.path.selection.topdown_prompt[self.adapter_name].weight
         weights = [(prompt, F.normalize(self.mean_feature, dim=0))]
-        if self.blocks:
-            identity = product = torch.eye(len(self.gram), dtype=self.gram.dtype, device=self.gram.device)
-        for index in self.blocks:
-            gram = product.T @ self.gram @ product
+        for index, gram in self.grams.items():
+            identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
             regular = gram + ridge * gram.diagonal().mean() * identity
-            solution = torch.linalg.solve(regular, product.T @ self.products[index])
-            weights.append((self.path.layers[str(index)].topdown_linear1[self.adapter_name].weight, solution.T))
-            product = product @ solution
+            linear1 = identity + torch.linalg.solve(regular, self.differences[index]).T
+            weights.append((self.path.layers[str(index)].topdown_linear1[self.adapter_name].weight, linear1))
         return weights
 
 
@@ -121,9 +118,10 @@ def initialize_feedback(
 ) -> None:
     """Initialise the feedback of an adapter from some batches of data, as PEFT's EVA does for LoRA.
 
-    The prompt becomes the mean of the normalised features. Each `linear1` becomes the least-squares solution, with a
-    ridge, by which the chain computes from the features the input of the block's value projection. `linear2` stays:
-    after `init_weights=True` it is zero and the adapter still an exact no-op.
+    The prompt becomes the mean of the normalised features. Each `linear1` becomes the matrix that computes the input
+    of its block from the output with the least squared error: the minimum of the variational loss of pre-tuning on
+    this data, but for the ridge. `linear2` stays: after `init_weights=True` it is zero and the adapter still an exact
+    no-op.
 
     Only the prompt is set for TOAST-Lite, ConvNets and hierarchical transformers, and for adapters that do not start
     from identities (`init_weights=False`, `pretrained_feedback`).
@@ -132,7 +130,7 @@ def initialize_feedback(
         model: has the adapter, which must be active.
         dataloader: gives inputs of the model as dicts; tokens with `attention_mask` 0 are left out.
         adapter_name: the adapter.
-        ridge: added to the diagonal of the Gram matrix, relative to its mean.
+        ridge: how much each `linear1` is held at the identity, relative to the mean square of the block's output.
 
     Raises:
         ValueError: if the model has no such active adapter, or if the dataloader gives no dicts or no tokens.
