@@ -1,7 +1,9 @@
 """What the README says that can be checked."""
 
+import json
 import re
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import pytest
@@ -11,7 +13,9 @@ from transformers import ViTConfig, ViTForImageClassification
 from toast_peft import TopDownConfig
 from toast_peft.architectures import ARCHITECTURES, CONVOLUTIONAL_ARCHITECTURES, HIERARCHICAL_ARCHITECTURES
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = ROOT / "examples" / "results"
 
 
 def test_printed_parameters() -> None:
@@ -69,5 +73,31 @@ def test_example_of_a_custom_module(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (tmp_path / "toast-adapter" / "adapter_model.safetensors").is_file()
 
 
+def measured_on_test(results: str) -> dict[str, list[dict[str, float]]]:
+    """What was measured on the test split, for each method with all seeds."""
+    stored = json.loads((RESULTS / results).read_text())["runs"]
+    measured: dict[str, list[dict[str, float]]] = {}
+    for entry in stored:
+        if entry["run"]["evaluated_on"] == "test":
+            measured.setdefault(entry["run"]["method"], []).append(entry["metrics"])
+    return measured
+
+
+def comparison_of_texts() -> str:
+    """The table of perplexities in the README, the best one of the target first."""
+    rows = {}
+    for method, runs in measured_on_test("forgetting_tinyshakespeare.json").items():
+        columns = [[run[f"{name} perplexity"] for run in runs] for name in ("target", "source")]
+        cells = [f"`{method}`", f"{runs[0]['trainable_parameters']:,}"]
+        cells += [f"{mean(values):.1f} ± {stdev(values):.1f}" for values in columns]
+        rows[f"| {' | '.join(cells)} |"] = mean(columns[0])
+    head = "| method | trainable parameters | target perplexity | source perplexity |\n|---|---|---|---|"
+    return "\n".join([head, *sorted(rows, key=rows.get)])
+
+
+def test_comparison_is_what_was_measured() -> None:
+    assert comparison_of_texts() in README
+
+
 if __name__ == "__main__":
-    print(supported_models())
+    print(supported_models(), comparison_of_texts(), sep="\n\n")
