@@ -104,7 +104,7 @@ def apply_method(
 
     Args:
         model: the base model; it is changed.
-        method: one of `LEARNING_RATES`.
+        method: one of `LEARNING_RATES` or `TEXT_LEARNING_RATES`.
         batches: training batches, for a method that starts from the data.
         pretrained_feedback: the saved TOAST adapter that "toast-pretuned" starts from.
         options: `task_type` and `modules_to_save` of the PEFT config; the latter is also what the methods without an

@@ -15,12 +15,12 @@ models of the other examples are pre-tuned on what they were pre-trained on.
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import image_classification
 import language_modeling
 import torch
+from adaptation import BaseModelArguments
 from datasets import IterableDataset, load_dataset
 from offline_data import handwritten_digits, library_docstrings
 from peft import get_peft_model
@@ -40,14 +40,11 @@ from transformers import (
 from toast_peft import TopDownConfig
 
 
-@dataclass
-class PretuneArguments:
+@dataclass(kw_only=True)
+class PretuneArguments(BaseModelArguments):
     """What to pre-tune, and on what."""
 
     modality: str = field(metadata={"help": "What the model reads.", "choices": ["images", "text"]})
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Model on the Hub or a local folder. Default: the small one of the examples."}
-    )
     dataset_name: str | None = field(
         default=None, metadata={"help": "Data set on the Hub, or a local folder. Default: offline data."}
     )
@@ -150,15 +147,11 @@ def text(arguments: PretuneArguments, seed: int, base: str) -> tuple[nn.Module, 
     return AutoModelForCausalLM.from_pretrained(base), data, config
 
 
-def small_model(arguments: PretuneArguments, folder: Path) -> Path:
-    """The small model of the other examples, which is pre-trained if it is not there."""
-    base = folder / ("small_vit" if arguments.modality == "images" else "small_llama")
-    if not (base / "model.safetensors").exists():
-        if arguments.modality == "images":
-            image_classification.pretrain(base, steps=800)
-        else:
-            language_modeling.pretrain(base, steps=800, block_size=arguments.block_size)
-    return base
+def base_model_name(arguments: PretuneArguments, output_dir: str) -> str:
+    """The name of the model to pre-tune; if none is given the small one of the other examples."""
+    if arguments.modality == "images":
+        return image_classification.base_model_name(arguments, output_dir)
+    return language_modeling.base_model_name(arguments, output_dir, arguments.block_size)
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
@@ -172,8 +165,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     """
     pretune_arguments, training_arguments = parse(arguments)
     set_seed(training_arguments.seed)
-    base = pretune_arguments.model_name_or_path
-    base = base or str(small_model(pretune_arguments, Path(training_arguments.output_dir).parent))
+    base = base_model_name(pretune_arguments, training_arguments.output_dir)
     prepare = images if pretune_arguments.modality == "images" else text
     model, data, config = prepare(pretune_arguments, training_arguments.seed, base)
     if pretune_arguments.variational_weight is not None:
