@@ -1,5 +1,6 @@
 """`compare_methods.py`: that all methods are treated alike, what each trains, and that nothing is trained twice."""
 
+import gc
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -334,6 +335,17 @@ def test_cost_of_a_training_step() -> None:
     assert cost["full"]["flops_per_step"] == 2 * (3 * forward - images * patches * patch_values * d)
     megabytes = {method: measured["activation_megabytes"] for method, measured in cost.items()}
     assert megabytes["linear"] * 20 < megabytes["toast-late"] < megabytes["lora"] < megabytes["full"]
+
+
+def test_measuring_the_cost_keeps_no_tensors() -> None:
+    model = tiny_model(ViTForImageClassification)
+    batch = inputs_of(model) | {"labels": torch.tensor([0, 1])}
+    training_step_cost(model, batch)
+    gc.collect()
+    before = sum(isinstance(item, torch.Tensor) for item in gc.get_objects())
+    training_step_cost(model, batch)
+    gc.collect()
+    assert sum(isinstance(item, torch.Tensor) for item in gc.get_objects()) == before
 
 
 @pytest.mark.parametrize(

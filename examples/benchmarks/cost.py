@@ -155,7 +155,7 @@ def activation_memory(method: Method) -> float:
     def remember(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.data_ptr() not in own:
             kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
+        return tensor.detach()  # the tensor itself would hold the node that saves it, and never be freed
 
     with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
         loss = method.model.train()(**method.inputs).loss
