@@ -28,6 +28,7 @@ SCENARIOS = {
     "full, reentrant": ({}, True),
     "lite, reentrant": (VARIANTS["lite"], True),
     "head": ({"modules_to_save": ["head"]}, None),
+    "pre-tuning": ({"variational_weight": 1.0}, None),
 }
 BATCH_SIZE = 4
 
@@ -43,6 +44,14 @@ def scenario_model(model_class: type, scenario: str) -> PeftModel:
     return model
 
 
+def scenario_inputs(model: PeftModel) -> dict[str, torch.Tensor]:
+    """Four rows; for pre-tuning with labels, as the model adds the variational loss to its own."""
+    inputs = inputs_of(model, BATCH_SIZE)
+    if model.active_peft_config.variational_weight == 0:
+        return inputs
+    return inputs | {"labels": inputs.get("input_ids", torch.arange(BATCH_SIZE) % 2)}
+
+
 def optimizer_of(model: torch.nn.Module) -> torch.optim.Optimizer:
     """SGD, as Adam would hide a wrong scale of the gradients."""
     return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.02)
@@ -51,7 +60,9 @@ def optimizer_of(model: torch.nn.Module) -> torch.optim.Optimizer:
 def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, inputs: dict[str, torch.Tensor]) -> None:
     """Three steps on a loss that is a mean over the rows, so that the mean over the processes is that of all rows."""
     for _ in range(3):
-        model(**inputs)[0].square().mean().backward()
+        outputs = model(**inputs)
+        loss = outputs.loss if "labels" in inputs else outputs.logits.square().mean()
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -93,11 +104,11 @@ def full_state_dict(accelerator: Accelerator, kind: str, model: Any) -> dict[str
 def run_scenario(accelerator: Accelerator, kind: str, model_class: type, scenario: str, folder: Path) -> None:
     """Train on half of the rows; save the adapter, and the output for all rows."""
     model = scenario_model(model_class, scenario)
-    all_rows = inputs_of(model, BATCH_SIZE)
+    all_rows = scenario_inputs(model)
     model, optimizer = prepare(accelerator, kind, model)
     train(model, optimizer, {name: x[accelerator.process_index :: 2] for name, x in all_rows.items()})
     with torch.no_grad():
-        output = model.eval()(**all_rows)[0]
+        output = model.eval()(**all_rows).logits
     weights = full_state_dict(accelerator, kind, model)
     if accelerator.is_main_process:
         accelerator.unwrap_model(model).save_pretrained(folder, state_dict=weights)

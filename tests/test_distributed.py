@@ -10,7 +10,7 @@ import torch
 from accelerate.commands.config.config_args import ClusterConfig
 from peft import PeftModel
 
-from .distributed_worker import BATCH_SIZE, SCENARIOS, optimizer_of, scenario_model, train
+from .distributed_worker import BATCH_SIZE, SCENARIOS, optimizer_of, scenario_inputs, scenario_model, train
 from .models import VIT_AND_LLAMA, inputs_of, output_of, tiny_model
 
 ROOT = Path(__file__).parents[1]
@@ -44,7 +44,7 @@ def trained_by_two(request: pytest.FixtureRequest, tmp_path_factory: pytest.Temp
 def test_two_processes_train_as_one(trained_by_two: Path, model_class: type, scenario: str) -> None:
     model = scenario_model(model_class, scenario)
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    train(model, optimizer_of(model), inputs_of(model, BATCH_SIZE))
+    train(model, optimizer_of(model), scenario_inputs(model))
     folder = trained_by_two / model_class.__name__ / scenario
     base = tiny_model(model_class, tie_word_embeddings=False)
     loaded = PeftModel.from_pretrained(base, folder, is_trainable=True).eval()
