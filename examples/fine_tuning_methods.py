@@ -33,8 +33,8 @@ LEARNING_RATES = {
     "toast-lite-initialized": 1e-3,
 }
 TEXT_LEARNING_RATES = {
-    "full": 5e-4,
-    "lora": 1e-2,
+    "full": 1.6e-4,
+    "lora": 5e-3,
     "toast": 3e-3,
     "toast-initialized": 3e-3,
     "toast-pretuned": 3e-3,
