@@ -178,7 +178,7 @@ def saved_in_first_pass(model: PeftModel) -> int:
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         saved.append(tensor)
-        return tensor
+        return tensor.detach()  # the tensor itself would hold the node that saves it, and never be freed
 
     last_block = blocks_of(model)[-1]
     with (

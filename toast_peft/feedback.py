@@ -18,7 +18,7 @@ Notation used for tensor shapes:
 
 import math
 import re
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -383,3 +383,8 @@ def to_device_of(module: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
     """The tensor where the module is; the blocks, and with them the feedback layers, may be on several devices."""
     device = next(module.parameters()).device
     return tensor if device.type == "meta" else tensor.to(device)  # offloaded: the module's own hook will do it
+
+
+def hidden_states_of(output: torch.Tensor | tuple[Any, ...]) -> torch.Tensor:
+    """The hidden states in the output of a block; some blocks return more than these. Shape: [b, n, d]"""
+    return output[0] if isinstance(output, tuple) else output

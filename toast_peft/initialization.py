@@ -22,12 +22,12 @@ from torch.nn import functional as F
 
 from .config import TopDownConfig
 from .convolutional_feedback import ConvolutionalFeedbackPath
-from .feedback import FeedbackPath
+from .feedback import FeedbackPath, hidden_states_of
 from .model import feedback_paths
 
 
 class Statistics:
-    """Sums over tokens, collected from forwards while hooks on a backbone and its value projections are set.
+    """Sums over tokens, collected from forwards while hooks on a backbone and its blocks are set.
 
     Args:
         backbone: the module with the feedback path.
@@ -70,7 +70,7 @@ class Statistics:
     def keep(self, index: int, block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """A hook: input and output of a block in pass 1, which comes first."""
         hidden_states = args[0] if args else kwargs["hidden_states"]
-        self.of_blocks.setdefault(index, (hidden_states, output[0] if isinstance(output, tuple) else output))
+        self.of_blocks.setdefault(index, (hidden_states, hidden_states_of(output)))
 
     def add(self, path: FeedbackPath, args: tuple) -> None:
         """A hook: the features, after pass 1."""

@@ -25,7 +25,7 @@ from torch import nn
 from .block_stack import BlockStack
 from .cache import TwoPassCache, refuse_two_pass_cache
 from .config import TopDownConfig
-from .feedback import FeedbackPath
+from .feedback import FeedbackPath, hidden_states_of
 from .value_projection import Feedback, ValueColumns, ValueHooks
 from .variational_loss import LossHook, Reconstruction, padding_to_leave_out
 
@@ -64,7 +64,7 @@ class Run:
     @property
     def features(self) -> torch.Tensor:
         """Hidden states after block `feedback_from - 1`. Shape: [b, n, d]"""
-        return self.last_output[0] if isinstance(self.last_output, tuple) else self.last_output
+        return hidden_states_of(self.last_output)
 
     def keep(self, index: int, output: Any) -> None:
         """Keep what pass 2 or the feedback path needs of what a block computed in pass 1."""

@@ -15,7 +15,7 @@ from torch import nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from .config import TopDownConfig
-from .feedback import FeedbackPath, to_device_of
+from .feedback import FeedbackPath, hidden_states_of, to_device_of
 
 
 class Reconstruction:
@@ -38,8 +38,7 @@ class Reconstruction:
         layer = self.path.layers[str(index)]
         if index in self.errors:
             return
-        output = output[0] if isinstance(output, tuple) else output
-        hidden_states, output = (to_device_of(layer, x.detach()) for x in (hidden_states, output))
+        hidden_states, output = (to_device_of(layer, x.detach()) for x in (hidden_states, hidden_states_of(output)))
         squares = (layer.reconstruct(output, self.adapter_name, hidden_states) - hidden_states).square()
         if self.attention_mask is None:
             self.errors[index] = squares.mean()
