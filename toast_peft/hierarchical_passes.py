@@ -6,7 +6,6 @@ shrink the map before. The feedback goes through the same.
 
 import functools
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +15,16 @@ from torch.nn import functional as F
 from .config import TopDownConfig
 from .hierarchical_feedback import HierarchicalFeedbackPath
 from .hierarchical_stack import HierarchicalStack
-from .passes import BackboneForward, BlockForward, Run, ThreadState, TwoPasses, unwrap_checkpoint, wrap_checkpoint
+from .passes import (
+    BackboneForward,
+    BlockForward,
+    CheckpointWithFeedback,
+    Run,
+    ThreadState,
+    TwoPasses,
+    unwrap_checkpoint,
+    wrap_checkpoint,
+)
 from .value_projection import ValueColumns, ValueHooks
 
 
@@ -79,43 +87,21 @@ class HierarchicalBlockForward(BlockForward):
         return super()._first_pass(run, hidden_states, *args, **kwargs)
 
 
-class CheckpointWithRun:
-    """A gradient checkpointing function of a whole stage, which hands the feedback of its blocks to it as tensors.
-
-    As `CheckpointWithFeedback` for a block.
-    """
-
-    def __init__(self, checkpoint: Callable, state: ThreadState, blocks: list[BlockForward]) -> None:
-        self.checkpoint = checkpoint
-        self.state = state
-        self.blocks = blocks
+class StageCheckpoint(CheckpointWithFeedback):
+    """A gradient checkpointing function of a whole stage."""
 
     def __call__(self, function: Callable, *args: Any) -> Any:
         run = self.state.run
-        if not torch.is_grad_enabled():
-            return function(*args)
-        if run is None:
-            return self.checkpoint(function, *args)
-        if all(block.is_skipped(run) for block in self.blocks):  # nothing to recompute
-            return function(*args)
-        if run.first_pass:  # the features would come from inside of a checkpoint
+        if torch.is_grad_enabled() and run is not None and run.first_pass and not self.blocks[0].is_skipped(run):
+            # The features would come from inside of a checkpoint.
             raise NotImplementedError(
                 "TOAST does not support gradient checkpointing of whole stages when something before the feedback is "
                 "trained as well. Switch gradient checkpointing off."
             )
-        indices = [block.index for block in self.blocks if block.index in run.feedback]
-        feedback = [run.feedback[index] for index in indices]
-        return self.checkpoint(functools.partial(self.run, function, run, indices), *feedback, *args)
+        return super().__call__(function, *args)
 
-    def run(self, function: Callable, run: Run, indices: list[int], *args: Any) -> Any:
-        """The checkpointed call, in the forward and again in the backward pass, where it may be another thread."""
-        previous = self.state.run
-        feedback, args = args[: len(indices)], args[len(indices) :]
-        self.state.run = replace(run, feedback=dict(zip(indices, feedback, strict=True)))
-        try:
-            return function(*args)
-        finally:
-            self.state.run = previous
+    def note(self, run: Run, hidden_states: torch.Tensor, output: Any) -> None:
+        """Nothing: what a stage returns is not the output of a block."""
 
 
 class HierarchicalBackboneForward(BackboneForward):
@@ -135,10 +121,10 @@ class HierarchicalBackboneForward(BackboneForward):
             for number, name in enumerate(stack.stage_names)
         ]
 
-    def _run_twice(self, adapter_name: str, kwargs: dict[str, Any]) -> Any:
+    def wrap_checkpoints(self) -> None:
+        super().wrap_checkpoints()
         for stage, blocks in self.stages:
-            wrap_checkpoint(stage, CheckpointWithRun, self.state, blocks)
-        return super()._run_twice(adapter_name, kwargs)
+            wrap_checkpoint(stage, StageCheckpoint, self.state, *blocks)
 
     def _feedback(self, run: Run, config: TopDownConfig, adapter_name: str) -> dict[int, torch.Tensor]:
         return self.path(self._features(run, config), adapter_name, run.input_sizes)
@@ -151,7 +137,7 @@ class HierarchicalBackboneForward(BackboneForward):
     def remove(self) -> None:
         super().remove()
         for stage, _ in self.stages:
-            unwrap_checkpoint(stage, CheckpointWithRun)
+            unwrap_checkpoint(stage)
 
 
 class TwoPassesOverHierarchy(TwoPasses):
@@ -173,4 +159,4 @@ class TwoPassesOverHierarchy(TwoPasses):
         """Let the value projection of a block receive feedback."""
         if index not in self.value_hooks:
             arrange = functools.partial(self.arrangement, self.block_forwards[index].module)
-            self.value_hooks[index] = ValueHooks(value_projection, columns, self.state, arrange)
+            self.value_hooks[index] = ValueHooks(value_projection, columns, self.state, index, arrange)

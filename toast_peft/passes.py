@@ -16,7 +16,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -26,7 +26,7 @@ from .block_stack import BlockStack
 from .cache import TwoPassCache, refuse_two_pass_cache
 from .config import TopDownConfig
 from .feedback import FeedbackPath, hidden_states_of
-from .value_projection import Feedback, ValueColumns, ValueHooks
+from .value_projection import ValueColumns, ValueHooks
 from .variational_loss import LossHook, Reconstruction, padding_to_leave_out
 
 
@@ -37,7 +37,7 @@ class Run:
     Args:
         feedback_from: blocks from here on are skipped in pass 1.
         feedback_to: blocks below are skipped in pass 2, unless `repeat_lower_blocks`.
-        double_bias: see `Feedback`.
+        double_bias: whether the bias of a value projection is added once more (official ViT).
         repeat_lower_blocks: run the blocks below `feedback_to` in pass 2 as well, so that something recorded inside of
             them (attentions) is there.
         first_pass: which pass is running.
@@ -78,22 +78,32 @@ class Run:
             return self.outputs[index]
         return self.in_form_of_blocks(hidden_states)
 
+    def part(self, indices: Iterable[int]) -> "Run":
+        """What some blocks need to run again, without the tensors of the others."""
+        indices = list(indices)
+        kept, feedback = ({i: values[i] for i in indices if i in values} for values in (self.outputs, self.feedback))
+        return replace(self, outputs=kept, feedback=feedback, reconstruction=None, inputs={})
+
     def in_form_of_blocks(self, hidden_states: torch.Tensor) -> Any:
         """Hidden states as a block of this model returns them."""
         return (hidden_states, *self.last_output[1:]) if isinstance(self.last_output, tuple) else hidden_states
 
 
-class ThreadState(threading.local):
-    """The running forward and the running block's feedback, each thread its own; copies start empty.
+# A forward without feedback, as a checkpointed block of it runs again.
+SINGLE_PASS = Run(0, 0, double_bias=False, repeat_lower_blocks=True, first_pass=False)
 
-    `in_checkpoint` is whether a checkpointed block runs, in the forward or again in the backward pass;
-    `variational_loss` that of the last forward in training, until it is added to a loss.
+
+class ThreadState(threading.local):
+    """The running forward, each thread its own; copies start empty.
+
+    `variational_loss` is that of the last forward in training, until it is added to a loss.
     """
 
-    run: Run | None = None
-    feedback: Feedback | None = None
-    variational_loss: torch.Tensor | None = None
-    in_checkpoint: bool = False
+    def __init__(self) -> None:
+        # On the instance: a default of the class would appear there at the first forward, and a compiled forward
+        # would not recognise the state that it was traced with.
+        self.run: Run | None = None
+        self.variational_loss: torch.Tensor | None = None
 
     def __deepcopy__(self, memo: dict) -> "ThreadState":
         return ThreadState()
@@ -143,57 +153,64 @@ class ReplacedForward:
 
 
 class CheckpointWithFeedback:
-    """A gradient checkpointing function that hands the feedback to the checkpointed call as a tensor argument.
+    """A gradient checkpointing function that hands the feedback to the checkpointed call as tensor arguments.
 
-    The block runs again in the backward pass, when the forward is over and perhaps another one has begun. As an
+    The blocks run again in the backward pass, when the forward is over and perhaps another one has begun. As an
     argument the feedback is there again, and it gets its gradient also from reentrant checkpointing.
+
+    Args:
+        checkpoint: the function that transformers has set.
+        state: has the running forward.
+        blocks: the block that a checkpointed call runs, or all of a stage where the model checkpoints stages.
     """
 
-    def __init__(self, checkpoint: Callable, state: ThreadState, block: "BlockForward") -> None:
+    def __init__(self, checkpoint: Callable, state: ThreadState, *blocks: "BlockForward") -> None:
         self.checkpoint = checkpoint
         self.state = state
-        self.block = block
+        self.blocks = blocks
 
     def __call__(self, function: Callable, *args: Any) -> Any:
         run = self.state.run
-        if run is not None and self.block.is_skipped(run):  # before transformers 5.23 also skipped blocks come here
-            return function(*args)
         if not torch.is_grad_enabled():  # pass 1 of a frozen model: nothing to recompute
             return function(*args)
-        td = None if run is None or run.first_pass else run.feedback.get(self.block.index)
-        double_bias = run is not None and run.double_bias
+        if run is not None and all(block.is_skipped(run) for block in self.blocks):
+            return function(*args)
         if torch.compiler.is_compiling():  # the function is traced once and not run again; it may not change the state
-            output = self.run(functools.partial(self.checkpoint, function), double_bias, td, *args)
+            output = self.checkpoint(function, *args)
         else:
-            output = self.checkpoint(functools.partial(self.run, function, double_bias), td, *args)
-        if run is not None and run.first_pass:
-            run.keep(self.block.index, output)  # with its graph, which the inside of a reentrant checkpoint has not
-        elif run is not None:
-            self.block.reconstruct(run, args[0], output)
+            again = SINGLE_PASS if run is None else run.part(block.index for block in self.blocks)
+            call = functools.partial(self.run, function, again)
+            output = self.checkpoint(call, *again.feedback.values(), *args)
+        if run is not None:
+            self.note(run, args[0], output)
         return output
 
-    def run(self, function: Callable, double_bias: bool, td: torch.Tensor | None, *args: Any) -> Any:
+    def note(self, run: Run, hidden_states: torch.Tensor, output: Any) -> None:
+        """Note the output with its graph, which the inside of a reentrant checkpoint has not."""
+        [block] = self.blocks
+        block.note(run, hidden_states, output)
+
+    def run(self, function: Callable, run: Run, *args: Any) -> Any:
         """The checkpointed call, in the forward and again in the backward pass, where it may be another thread."""
-        previous = self.state.feedback, self.state.in_checkpoint
-        self.state.feedback = None if td is None else Feedback(td, double_bias)
-        self.state.in_checkpoint = True
+        feedback = dict(zip(run.feedback, args, strict=False))
+        previous, self.state.run = self.state.run, replace(run, feedback=feedback)
         try:
-            return function(*args)
+            return function(*args[len(feedback) :])
         finally:
-            self.state.feedback, self.state.in_checkpoint = previous
+            self.state.run = previous
 
 
-def wrap_checkpoint(module: nn.Module, wrapper: type, *args: Any) -> None:
-    """Put `wrapper(checkpoint, *args)` in place of the module's gradient checkpointing function, if it has one."""
+def wrap_checkpoint(module: nn.Module, wrapper: type, state: ThreadState, *blocks: "BlockForward") -> None:
+    """Put a `wrapper` around the module's gradient checkpointing function, if it has one."""
     checkpoint = getattr(module, "_gradient_checkpointing_func", None)
     if checkpoint is not None and not isinstance(checkpoint, wrapper):
-        module._gradient_checkpointing_func = wrapper(checkpoint, *args)
+        module._gradient_checkpointing_func = wrapper(checkpoint, state, *blocks)
 
 
-def unwrap_checkpoint(module: nn.Module, wrapper: type) -> None:
+def unwrap_checkpoint(module: nn.Module) -> None:
     """Put back what `wrap_checkpoint` has wrapped."""
     checkpoint = getattr(module, "_gradient_checkpointing_func", None)
-    if isinstance(checkpoint, wrapper):
+    if isinstance(checkpoint, CheckpointWithFeedback):
         module._gradient_checkpointing_func = checkpoint.checkpoint
 
 
@@ -207,8 +224,6 @@ class BlockForward(ReplacedForward):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         run = self.state.run
-        if self.state.in_checkpoint:  # transformers before 5.23 checkpoints the block's call, this forward included
-            return self.original(*args, **kwargs)
         if run is None:
             self._check_that_no_feedback_is_missing()
             return self.original(*args, **kwargs)
@@ -241,27 +256,25 @@ class BlockForward(ReplacedForward):
         return output
 
     def _second_pass(self, run: Run, *args: Any, **kwargs: Any) -> Any:
-        if self.index in run.feedback:
-            self.state.feedback = Feedback(run.feedback[self.index], run.double_bias)
-        try:
-            output = self.original(*args, **kwargs)
-        finally:
-            self.state.feedback = None
+        output = self.original(*args, **kwargs)
         self.reconstruct(run, args[0] if args else kwargs["hidden_states"], output)
         return output
+
+    def note(self, run: Run, hidden_states: torch.Tensor, output: Any) -> None:
+        """Keep what comes later needs of what the block has computed in the running pass."""
+        if run.first_pass:
+            run.keep(self.index, output)
+        else:
+            self.reconstruct(run, hidden_states, output)
 
     def reconstruct(self, run: Run, hidden_states: torch.Tensor, output: Any) -> None:
         """Add this block's part to the variational loss, where that is wanted."""
         if run.reconstruction is not None and self.index in run.feedback:
             run.reconstruction.add(self.index, hidden_states, output)
 
-    def carry_feedback_through_checkpoints(self) -> None:
-        """Wrap the block's checkpointing function; again at each forward, as enabling checkpointing sets a new one."""
-        wrap_checkpoint(self.module, CheckpointWithFeedback, self.state, self)
-
     def remove(self) -> None:
         super().remove()
-        unwrap_checkpoint(self.module, CheckpointWithFeedback)
+        unwrap_checkpoint(self.module)
 
 
 class BackboneForward(ReplacedForward):
@@ -292,20 +305,23 @@ class BackboneForward(ReplacedForward):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         kwargs = dict(zip(self.argument_names, args, strict=False)) | kwargs
         adapter_name = self.path.active_adapter
-        outer = self.state.run, self.state.feedback, self.state.in_checkpoint
+        self.wrap_checkpoints()
         # Also without an adapter: this forward may be called from inside of a pass 2 of the same backbone.
-        self.state.run, self.state.feedback, self.state.in_checkpoint = None, None, False
+        outer, self.state.run = self.state.run, None
         try:
             if adapter_name is None:
                 refuse_two_pass_cache(kwargs.get("past_key_values"))
                 return self.original(**kwargs)
             return self._run_twice(adapter_name, kwargs)
         finally:
-            self.state.run, self.state.feedback, self.state.in_checkpoint = outer
+            self.state.run = outer
+
+    def wrap_checkpoints(self) -> None:
+        """Wrap the checkpointing functions; again at each forward, as enabling checkpointing sets a new one."""
+        for block in self.block_forwards:
+            wrap_checkpoint(block.module, CheckpointWithFeedback, self.state, block)
 
     def _run_twice(self, adapter_name: str, kwargs: dict[str, Any]) -> Any:
-        for block_forward in self.block_forwards:
-            block_forward.carry_feedback_through_checkpoints()
         config = self.path.selection.topdown_config[adapter_name]
         run = self._new_run(config, kwargs)
         if self.module.training and config.variational_weight > 0:
@@ -416,7 +432,7 @@ class TwoPasses:
     def add_value_projection(self, index: int, value_projection: nn.Module, columns: ValueColumns | None) -> None:
         """Let the value projection of a block receive feedback."""
         if index not in self.value_hooks:
-            self.value_hooks[index] = ValueHooks(value_projection, columns, self.state)
+            self.value_hooks[index] = ValueHooks(value_projection, columns, self.state, index)
 
     def remove(self) -> None:
         """Leave the modules as they were."""

@@ -8,18 +8,6 @@ import torch
 from torch import nn
 
 
-class Feedback(NamedTuple):
-    """What the value projection of the running block has to add.
-
-    Args:
-        td: added to the projection's input. Shape: [b, n, d]
-        double_bias: whether the projection's bias is added once more (official ViT).
-    """
-
-    td: torch.Tensor
-    double_bias: bool
-
-
 class ValueColumns(NamedTuple):
     """Where the values are in the output of a fused projection: at the end of each of some equal parts.
 
@@ -48,7 +36,8 @@ class ValueHooks:
     Args:
         value_projection: the layer.
         columns: which of its outputs are values; `None` if all are.
-        state: has the `feedback` of the block that is running in this thread, or `None`.
+        state: has the `run` of this thread, with the feedback of each block.
+        index: the block.
         arrange: brings the feedback into the shape of the projection's input, where that is another one.
     """
 
@@ -57,9 +46,11 @@ class ValueHooks:
         value_projection: nn.Module,
         columns: ValueColumns | None,
         state: threading.local,
+        index: int,
         arrange: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         self.state = state
+        self.index = index
         self.arrange = arrange
         self.columns = columns
         if columns is not None:
@@ -72,31 +63,33 @@ class ValueHooks:
 
     def add_feedback(self, module: nn.Module, args: tuple) -> tuple | None:
         """The projection's arguments with the feedback added to the first one."""
-        feedback = self.state.feedback
-        if feedback is None:
+        if self._td() is None:
             return None
         hidden_states, *others = args
-        return (self._sum(hidden_states, feedback.td), *others)
+        return (self._steered(hidden_states), *others)
 
     def replace_values(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
         """The output of a fused projection with the values of `h + td`."""
-        feedback = self.state.feedback
-        if feedback is None:
+        if self._td() is None:
             return None
         hidden_states, *others = args
-        steered = self._without_feedback(module, self._sum(hidden_states, feedback.td), *others)
-        if feedback.double_bias:
+        steered = self._without_feedback(module, self._steered(hidden_states), *others)
+        if self.state.run.double_bias:
             steered = steered + self._bias(module, hidden_states)
         return self.columns.replace(output, steered)
 
     def add_bias_again(self, module: nn.Module, args: tuple, value: torch.Tensor) -> torch.Tensor | None:
         """Official ViT: `v = W h + b + W td + b`."""
-        feedback = self.state.feedback
-        if feedback is None or not feedback.double_bias:
+        if self._td() is None or not self.state.run.double_bias:
             return None
         return value + self._bias(module, args[0])
 
-    def _sum(self, hidden_states: torch.Tensor, td: torch.Tensor) -> torch.Tensor:
+    def _td(self) -> torch.Tensor | None:
+        run = self.state.run
+        return None if run is None else run.feedback.get(self.index)
+
+    def _steered(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        td = self._td()
         td = td if self.arrange is None else self.arrange(td, hidden_states)
         return hidden_states + td.to(device=hidden_states.device, dtype=hidden_states.dtype)
 
@@ -104,12 +97,11 @@ class ValueHooks:
         return self._without_feedback(module, torch.zeros_like(hidden_states[..., :1, :]))
 
     def _without_feedback(self, module: nn.Module, *args: torch.Tensor) -> torch.Tensor:
-        feedback = self.state.feedback
-        self.state.feedback = None
+        run, self.state.run = self.state.run, None
         try:
             return module(*args)
         finally:
-            self.state.feedback = feedback
+            self.state.run = run
 
     def remove(self) -> None:
         """Remove the hooks."""
