@@ -1,19 +1,32 @@
-# make demo    adapt a vision model and a language model with TOAST, offline, in a few minutes
-# make test    check the style and run all tests
-# make clean   remove what the two have made
+# make demo          adapt a vision and a language model with TOAST, offline, in a few minutes
+# make test          check the style and run all tests, with the versions of constraints.txt
+# make test-newest   run the tests that touch other packages, with the newest versions of these
+# make test-oldest   the same with exactly the oldest versions that setup.cfg declares
+# make clean         remove what these have made
 #
-# Both set up .venv first, with the versions of constraints.txt. On Linux a plain `pip install torch` fetches several
-# gigabytes for CUDA, so PyTorch's index of CPU builds is asked as well. For a GPU name the index of your CUDA version:
+# Each sets up a virtual environment first. On Linux a plain `pip install torch` fetches several gigabytes for CUDA, so
+# PyTorch's index of CPU builds is asked as well. For a GPU name the index of your CUDA version:
 #   make demo TORCH_INDEX=https://download.pytorch.org/whl/cu130
 
 PYTHON ?= python3
+# transformers 5.20 is the last that runs on Python 3.10, the oldest version declared: OLDEST_PYTHON=python3.10
+OLDEST_PYTHON ?= $(PYTHON)
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 DEMO_ARGS ?=
+# -n auto: as many processes as there are cores.
+PYTEST ?= python -m pytest -n auto
 
 BIN := .venv/bin
 READY := .venv/ready
+COMPATIBILITY_TESTS := $(addprefix tests/test_,forward.py caches.py generation.py checkpointing.py compile.py saving.py \
+    peft_contract.py trainer.py golden.py threads.py errors.py architectures.py mixed_precision.py versions.py)
 
-.PHONY: demo test clean
+# torch comes first, so that only it is looked up in the other index. Where that index cannot be reached, pip says so
+# and goes on with the usual one.
+PIP_INSTALL := pip install --quiet
+TORCH_INSTALL := $(PIP_INSTALL) --no-deps --timeout 15 --retries 1 --extra-index-url $(TORCH_INDEX)
+
+.PHONY: demo test test-newest test-oldest clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py $(DEMO_ARGS)
@@ -21,15 +34,34 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	$(BIN)/$(PYTEST)
+
+test-newest: .venv-newest/ready
+	.venv-newest/bin/$(PYTEST) $(COMPATIBILITY_TESTS)
+
+test-oldest: .venv-oldest/ready
+	.venv-oldest/bin/$(PYTEST) $(COMPATIBILITY_TESTS)
 
 clean:
-	rm -rf .venv outputs build *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-newest .venv-oldest outputs build *.egg-info .pytest_cache .ruff_cache
 
-# torch comes first and without its dependencies, so that only it is looked up in the other index. Where that index
-# cannot be reached, pip says so and goes on with the usual one.
 $(READY): constraints.txt setup.cfg pyproject.toml Makefile
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --no-deps --timeout 15 --retries 1 --extra-index-url $(TORCH_INDEX) --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(BIN)/$(TORCH_INSTALL) --constraint constraints.txt torch
+	$(BIN)/$(PIP_INSTALL) --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+# Made anew each time, or it would not be the newest. Only torch keeps its version: later ones may have no CPU build.
+.PHONY: .venv-newest/ready
+.venv-newest/ready:
+	$(PYTHON) -m venv --clear .venv-newest
+	.venv-newest/bin/$(TORCH_INSTALL) --constraint constraints.txt torch
+	.venv-newest/bin/$(PIP_INSTALL) --upgrade --editable '.[compatibility]'
+	touch $@
+
+.venv-oldest/ready: setup.cfg pyproject.toml Makefile
+	$(OLDEST_PYTHON) -m venv --clear .venv-oldest
+	sed -n '/^install_requires/,/^$$/s/^ *\(.*\)>=/\1==/p' setup.cfg > .venv-oldest/constraints.txt
+	.venv-oldest/bin/$(TORCH_INSTALL) --constraint .venv-oldest/constraints.txt torch
+	.venv-oldest/bin/$(PIP_INSTALL) --constraint .venv-oldest/constraints.txt --editable '.[compatibility]'
 	touch $@

@@ -203,6 +203,17 @@ def loss_of(model: nn.Module, inputs: dict[str, torch.Tensor] | None = None) -> 
     return (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().tanh() + output.square().mean()
 
 
+def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal but for rounding, relative to the largest entry.
+
+    For tensors computed from other memory, or where other parameters require a gradient: torch may choose another
+    kernel then. `torch.equal` is for the same weights and inputs only.
+    """
+    rounding = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}[expected.dtype]
+    largest = expected.abs().max().item()
+    torch.testing.assert_close(found, expected, rtol=0, atol=rounding * largest)
+
+
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     """Copies of the gradients of all trainable parameters."""
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageCl
 
 from toast_peft import from_official_checkpoint
 
+from .models import assert_same
 from .test_golden import Golden, assert_close
 
 
@@ -84,7 +85,7 @@ def test_saved_and_loaded_as_peft_adapter(vit: Golden, tmp_path: Path, lite: boo
     model = from_official_checkpoint(vit.base_model(), vit.checkpoint(lite))
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(vit.base_model(), tmp_path)
-    assert torch.equal(vit_logits(loaded, vit), vit_logits(model, vit))
+    assert_same(vit_logits(loaded, vit), vit_logits(model, vit))
 
 
 def test_feedback_alone_is_enough(llama: Golden) -> None:
@@ -95,7 +96,7 @@ def test_feedback_alone_is_enough(llama: Golden) -> None:
     }
     model = from_official_checkpoint(llama.base_model(), feedback)
     whole = from_official_checkpoint(llama.base_model(), llama.checkpoint(lite=True))
-    assert torch.equal(llama_logits(model, llama), llama_logits(whole, llama))
+    assert_same(llama_logits(model, llama), llama_logits(whole, llama))
 
 
 def test_official_behaviour_is_set_in_the_config(vit: Golden, llama: Golden) -> None:
@@ -257,7 +258,7 @@ def test_bare_backbones(vit: Golden, llama: Golden) -> None:
     whole = from_official_checkpoint(llama.base_model(), llama.checkpoint(lite=False))
     ids = llama.tensors["input/input_ids"]
     expected = whole.get_base_model().model(ids).last_hidden_state
-    assert torch.equal(model(ids).last_hidden_state, expected)
+    assert_same(model(ids).last_hidden_state, expected)
 
 
 def test_only_the_official_architectures(llama: Golden) -> None:

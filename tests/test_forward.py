@@ -26,6 +26,7 @@ from .models import (
     VARIANTS,
     VIT_AND_LLAMA,
     adapted,
+    assert_same,
     blocks_of,
     counted_block_calls,
     inputs_of,
@@ -392,7 +393,7 @@ def test_copies_are_independent(model_class: type, copy_of: Callable) -> None:
     model = steered(tiny_model(model_class))
     expected = output_of(model)
     other = copy_of(model)
-    assert torch.equal(output_of(other), expected)
+    assert_same(output_of(other), expected)
     move_adapter(other)
     changed = output_of(other)
     assert not torch.allclose(changed, expected)
@@ -409,7 +410,7 @@ def test_state_dict_is_saved_and_loaded_by_torch(model_class: type, tmp_path: An
     model, other = steered(tiny_model(model_class)), adapted(tiny_model(model_class))
     torch.save(model.state_dict(), tmp_path / "model.pt")
     other.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True), strict=True)
-    assert torch.equal(output_of(other), output_of(model))
+    assert_same(output_of(other), output_of(model))
 
 
 # ---------------------------------------------------------------------------------------------------- torch.compile

@@ -11,7 +11,17 @@ import transformers as tf
 from peft import PeftModel
 from transformers import DynamicCache, StaticCache
 
-from .models import DECODERS, RANGES, VARIANTS, adapted, inputs_of, move_adapter, output_of, steered, tiny_model
+from .models import (
+    DECODERS,
+    RANGES,
+    VARIANTS,
+    adapted,
+    inputs_of,
+    move_adapter,
+    output_of,
+    steered,
+    tiny_model,
+)
 
 DECODING = {
     "greedy": {},

@@ -17,7 +17,7 @@ from toast_peft import TopDownConfig
 from toast_peft.architectures import HIERARCHICAL_ARCHITECTURES
 from toast_peft.feedback import FeedbackPath
 
-from .models import adapted, add_noise, gradients, loss_of, output_of, paths_of, turn_prompts
+from .models import adapted, add_noise, assert_same, gradients, loss_of, output_of, paths_of, turn_prompts
 
 _SWIN = {
     "image_size": 32,
@@ -256,11 +256,11 @@ def test_saved_and_loaded(model_class: type, variant: str, tmp_path: Path) -> No
     expected = output_of(model, images())
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny_model(model_class), tmp_path).eval()
-    assert torch.equal(output_of(loaded, images()), expected)
+    assert_same(output_of(loaded, images()), expected)
     base_output = output_of(tiny_model(model_class), images())
     assert not torch.allclose(expected, base_output, atol=1e-4)
     with model.disable_adapter():
-        assert torch.equal(output_of(model, images()), base_output)
+        assert_same(output_of(model, images()), base_output)
     assert torch.equal(output_of(model.unload(), images()), base_output)
 
 
@@ -274,9 +274,9 @@ def test_adapters_that_start_from_different_stages() -> None:
         name.replace(".default", ".early"): p for name, p in alone[1].state_dict().items() if "topdown_" in name
     }
     model.load_state_dict(weights, strict=False)
-    assert torch.equal(output_of(model, images()), expected[0])
+    assert_same(output_of(model, images()), expected[0])
     model.set_adapter("early")
-    assert torch.equal(output_of(model, images()), expected[1])
+    assert_same(output_of(model, images()), expected[1])
 
 
 @pytest.mark.parametrize(

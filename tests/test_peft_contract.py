@@ -34,6 +34,7 @@ from .models import (
     VARIANTS,
     VIT_AND_LLAMA,
     adapted,
+    assert_same,
     counted_block_calls,
     inputs_of,
     move_adapter,
@@ -147,7 +148,7 @@ def test_adapters_of_different_ranges(model_class: type, first: str, second: str
         model.set_adapter(name)
         folder = tmp_path if name == "default" else tmp_path / name
         alone = PeftModel.from_pretrained(tiny_model(model_class), folder)
-        assert torch.equal(output_of(model), output_of(alone))
+        assert_same(output_of(model), output_of(alone))
         with counted_block_calls(model) as calls:
             output_of(model)
         options = RANGES[variant]
@@ -174,7 +175,7 @@ def test_loading_a_second_adapter(tmp_path: Path) -> None:
     model.load_adapter(tmp_path, "other")
     assert torch.equal(output_of(model), expected)
     model.set_adapter("other")
-    assert torch.equal(output_of(model), output_of(other))
+    assert_same(output_of(model), output_of(other))
 
 
 @pytest.mark.parametrize("active", ["default", "other"])
@@ -199,7 +200,7 @@ def test_deleting_all_adapters_gives_the_base_model() -> None:
     for name in ("default", "other"):
         model.delete_adapter(name)
     base = model.base_model.model  # PeftModel itself does not run without an adapter, of whatever method
-    assert torch.equal(output_of(base), output_of(tiny_model(tf.ViTModel)))
+    assert_same(output_of(base), output_of(tiny_model(tf.ViTModel)))
     assert not any("topdown_" in name for name, _ in model.named_parameters())
 
 
@@ -258,7 +259,7 @@ def test_inject_adapter_in_model(model_class: type) -> None:
     assert model is base and torch.equal(output_of(model), expected)
     wrapped = steered(tiny_model(model_class))
     set_peft_model_state_dict(model, get_peft_model_state_dict(wrapped))
-    assert torch.equal(output_of(model), output_of(wrapped))
+    assert_same(output_of(model), output_of(wrapped))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -271,16 +272,16 @@ def test_adapters_of_transformers(model_class: type, variant: str, tmp_path: Pat
     base.add_adapter(TopDownConfig(**VARIANTS[variant]), "mine")
     assert torch.equal(output_of(base), expected)
     set_peft_model_state_dict(base, get_peft_model_state_dict(wrapped), adapter_name="mine")
-    assert torch.equal(output_of(base), output_of(wrapped))
+    assert_same(output_of(base), output_of(wrapped))
     base.save_pretrained(tmp_path)
     assert SAVED_FILES - {"README.md"} <= set(os.listdir(tmp_path))
     base.disable_adapters()
     assert torch.equal(output_of(base), expected)
     base.enable_adapters()
-    assert torch.equal(output_of(base), output_of(wrapped))
+    assert_same(output_of(base), output_of(wrapped))
     loaded = tiny_model(model_class)
     loaded.load_adapter(str(tmp_path))
-    assert torch.equal(output_of(loaded.eval()), output_of(wrapped))
+    assert_same(output_of(loaded.eval()), output_of(wrapped))
     base.delete_adapter("mine")
     assert torch.equal(output_of(base), expected)
 
@@ -292,7 +293,7 @@ def test_adapter_saved_by_peft_is_loaded_by_transformers(model_class: type, tmp_
     model = steered(model_class.from_pretrained(tmp_path / "base").eval())
     model.save_pretrained(tmp_path / "adapter")
     loaded = model_class.from_pretrained(tmp_path / "adapter").eval()
-    assert torch.equal(output_of(loaded), output_of(model))
+    assert_same(output_of(loaded), output_of(model))
 
 
 # ------------------------------------------------------------------------------------------------- unload and merge

@@ -10,7 +10,17 @@ from peft import PeftModel, prepare_model_for_kbit_training
 from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig
 
-from .models import VARIANTS, VIT_AND_LLAMA, adapted, inputs_of, output_of, steered, tiny_model, value_projections_of
+from .models import (
+    VARIANTS,
+    VIT_AND_LLAMA,
+    adapted,
+    assert_same,
+    inputs_of,
+    output_of,
+    steered,
+    tiny_model,
+    value_projections_of,
+)
 
 # How to quantise, and the value projection, or its weight, that results.
 QUANTIZATIONS: dict[str, tuple[Any, str]] = {
@@ -88,11 +98,11 @@ def test_trained_saved_and_loaded(
     model.save_pretrained(tmp_path / "adapter")
     expected = output_of(model.eval())
     loaded = PeftModel.from_pretrained(quantized(model_class, checkpoint, quantization), tmp_path / "adapter")
-    assert torch.equal(output_of(loaded), expected)
+    assert_same(output_of(loaded), expected)
     base_output = output_of(quantized(model_class, checkpoint, quantization))
     assert (expected - base_output).abs().max() > 0.1
     with model.disable_adapter():
-        assert torch.equal(output_of(model), base_output)
+        assert_same(output_of(model), base_output)
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "non-reentrant", "reentrant"])

@@ -18,7 +18,7 @@ from semantic_segmentation import UNLABELLED, MeanIoU
 from sklearn.metrics import jaccard_score
 from torch import nn
 
-from .models import NUM_BLOCKS, VARIANTS, adapted, add_noise, inputs_of, output_of, steered
+from .models import NUM_BLOCKS, VARIANTS, adapted, add_noise, assert_same, inputs_of, output_of, steered
 from .reference import reference_forward
 
 _VIT = {
@@ -183,7 +183,7 @@ def test_a_plain_vit_becomes_a_dpt(tmp_path: Path) -> None:
         torch.testing.assert_close(model.dpt(**inputs_of(vit), output_hidden_states=True).hidden_states, expected)
         model.save_pretrained(tmp_path / "dpt")
         saved = semantic_segmentation.load_model(str(tmp_path / "dpt"), ["sky", "road"]).eval()
-        assert torch.equal(output_of(saved), output_of(model))
+        assert_same(output_of(saved), output_of(model))
 
 
 def test_a_checkpoint_without_all_weights_of_the_vit(tmp_path: Path) -> None:
@@ -198,7 +198,7 @@ def test_a_segmentation_checkpoint_keeps_its_decoder(tmp_path: Path) -> None:
     base = tiny_model("beit")
     base.save_pretrained(tmp_path)
     same, other = (semantic_segmentation.load_model(str(tmp_path), list("abcde")[:count]) for count in (5, 3))
-    assert torch.equal(output_of(same.eval()), output_of(base))
+    assert_same(output_of(same.eval()), output_of(base))
     assert output_of(other.eval()).shape[1] == 3
 
 

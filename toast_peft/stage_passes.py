@@ -90,7 +90,8 @@ class ConvolutionalBackboneForward(BackboneForward):
     """Forward of the backbone of a ConvNet: pass 1, feedback, pass 2."""
 
     def _feedback(self, run: Run, config: TopDownConfig, adapter_name: str) -> dict[int, torch.Tensor]:
-        features = run.features.movedim(1, -1)
+        # Contiguous, or torch chooses the kernel of the transform by what requires a gradient.
+        features = run.features.movedim(1, -1).contiguous()
         normalize = self.normalize_features if config.normalize_features is None else config.normalize_features
         # The final norm has the channels of the last stage.
         fits = run.feedback_from == len(self.blocks)
