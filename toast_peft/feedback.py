@@ -32,6 +32,14 @@ NO_MERGE = (
     "TOAST cannot be merged into the base model: the feedback depends on the input, it is not a change of weights. "
     "Keep the adapter, or use `unload()` to get the plain base model back."
 )
+NO_DELTA_WEIGHT = (
+    "TOAST has no delta weight: the feedback depends on the input, it is not a change of weights. To see what an adapter "
+    "changes, compare the outputs with and without `disable_adapter()`."
+)
+NO_SCALE = (
+    "TOAST has no scale that could be changed after training. To strengthen or weaken the feedback, multiply the weights "
+    "of `topdown_linear2` and `topdown_linear2_B` in all blocks."
+)
 
 
 class TopDownLayer(nn.Module, BaseTunerLayer):
@@ -80,13 +88,27 @@ class TopDownLayer(nn.Module, BaseTunerLayer):
             raise ValueError(f"TOAST runs one adapter at a time, but {list(adapter_names)} were to be activated.")
         super().set_adapter(adapter_names, inference_mode=inference_mode)
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Always raises: feedback depends on the input."""
-        raise NotImplementedError(NO_MERGE)
+    # `merge` is left to PEFT, which raises too: its table of what each method can do goes by whether it is overridden.
 
     def unmerge(self) -> None:
         """Always raises: feedback is never merged."""
         raise NotImplementedError(NO_MERGE)
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """Always raises: feedback is not a change of weights."""
+        raise NotImplementedError(NO_DELTA_WEIGHT)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Always raises: feedback has no scale besides its weights."""
+        raise NotImplementedError(NO_SCALE)
+
+    def scale_layer(self, scale: float) -> None:
+        """Always raises: feedback has no scale besides its weights."""
+        raise NotImplementedError(NO_SCALE)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Always raises: feedback has no scale besides its weights."""
+        raise NotImplementedError(NO_SCALE)
 
 
 class Prompt(nn.Module):
