@@ -1,4 +1,4 @@
-"""What PEFT offers for LoRA and not for TOAST: each is refused with a sentence, and PEFT knows that it is not there."""
+"""What PEFT offers for LoRA and not for TOAST: each is refused in a sentence, and PEFT knows that it is missing."""
 
 import ast
 import inspect

@@ -54,7 +54,7 @@ for index, folder in enumerate(sys.argv[1:]):
 
 
 def on_checkpoint(model_class: type, folder: Path, **options: object) -> PeftModel:
-    """An adapter that has an effect, on a base model that was loaded from a folder; a trained head has other labels."""
+    """An adapter with an effect, on a base model that was loaded from a folder; a trained head has other labels."""
     tiny_model(model_class).save_pretrained(folder)
     labels = {"num_labels": 5, "ignore_mismatched_sizes": True} if "Classification" in model_class.__name__ else {}
     model = steered(model_class.from_pretrained(folder, **labels).eval(), **options)

@@ -1,8 +1,8 @@
 """The model card of an adapter, `README.md`: what it is, how to load it, and how it was made.
 
-PEFT and the Trainer write the card of an adapter without asking its method, by `PeftModel.create_or_update_model_card`,
-and `push_to_hub` replaces it by one about a transformers model. `register_model_card` adds our section to both, of
-TOAST adapters only.
+PEFT and the Trainer write the card of an adapter by `PeftModel.create_or_update_model_card`, which asks the method for
+nothing, and `push_to_hub` replaces it by one about a transformers model. `register_model_card` adds our part to
+both, for TOAST adapters only.
 """
 
 import json
@@ -127,7 +127,7 @@ def _described(base: nn.Module) -> str:
     return f"`{getattr(base, 'name_or_path', '') or type(base).__name__}`"
 
 
-# ------------------------------------------------------------------------------------------------------- how to use it
+# ------------------------------------------------------------------------------------------------------ how to use it
 
 
 def loading_snippet(model: PeftModel, location: str | os.PathLike) -> str:
@@ -174,7 +174,7 @@ def _loader_of(base: nn.Module) -> str | None:
     """The class of transformers that loads the base model: an Auto class, else its own."""
     if not isinstance(base, PreTrainedModel):
         return None
-    # A part of another model, such as a tower of CLIP: an Auto class would go by the checkpoint, which may be the whole.
+    # An Auto class goes by the checkpoint. For a part of another model, such as a tower of CLIP, it may be the whole.
     found = [] if base.config.base_config_key else _auto_classes_of(base)
     # Where several fit, the one of the same task as the class, rather than one for models of many tasks.
     task = type(base).__name__.rpartition("For")[2]
@@ -206,7 +206,7 @@ def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-# ------------------------------------------------------------------------------------------------------ how it was made
+# ----------------------------------------------------------------------------------------------------- how it was made
 
 
 def _adapter_line(model: PeftModel, adapter_name: str) -> str:

@@ -33,12 +33,12 @@ NO_MERGE = (
     "Keep the adapter, or use `unload()` to get the plain base model back."
 )
 NO_DELTA_WEIGHT = (
-    "TOAST has no delta weight: the feedback depends on the input, it is not a change of weights. To see what an adapter "
-    "changes, compare the outputs with and without `disable_adapter()`."
+    "TOAST has no delta weight: the feedback depends on the input, it is not a change of weights. To see what an "
+    "adapter changes, compare the outputs with and without `disable_adapter()`."
 )
 NO_SCALE = (
-    "TOAST has no scale that could be changed after training. To strengthen or weaken the feedback, multiply the weights "
-    "of `topdown_linear2` and `topdown_linear2_B` in all blocks."
+    "TOAST has no scale that could be changed after training. To strengthen or weaken the feedback, multiply the "
+    "weights of `topdown_linear2` and `topdown_linear2_B` in all blocks."
 )
 
 

@@ -161,8 +161,8 @@ class TopDownModel(BaseTuner):
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Always raises: feedback is not linear in its weights."""
         raise NotImplementedError(
-            "TOAST adapters cannot be combined by `add_weighted_adapter`: the feedback is not linear in the weights of an "
-            "adapter. Switch between adapters with `set_adapter`, or train one on all the data."
+            "TOAST adapters cannot be combined by `add_weighted_adapter`: the feedback is not linear in the weights. "
+            "Switch between adapters with `set_adapter`, or train one on all the data."
         )
 
     @contextmanager
