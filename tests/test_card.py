@@ -289,6 +289,14 @@ def test_push_to_hub_keeps_the_text_of_the_card_there(uploaded: dict[str, str]) 
     assert {"birds", "toast"} <= set(card.data.tags)
 
 
+def test_push_to_hub_keeps_a_form_that_was_filled_in(uploaded: dict[str, str]) -> None:
+    model = adapted(tiny_model(tf.ViTModel), r=2)
+    form = hub.create_and_tag_model_card("me/other").content
+    uploaded["me/adapter"] = form.replace("- **License:** [More Information Needed]", "- **License:** mine")
+    model.push_to_hub("me/adapter")
+    assert "- **License:** mine" in uploaded["uploaded"] and "TopDownConfig(r=2)" in uploaded["uploaded"]
+
+
 def test_push_to_hub_of_lora_is_left_alone(uploaded: dict[str, str]) -> None:
     get_peft_model(tiny_model(tf.ViTModel), LoraConfig(target_modules=["v_proj"])).push_to_hub("me/adapter")
     assert ModelCard(uploaded["uploaded"]).data.library_name == "transformers"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftConfig, PeftModel
 from peft.utils import PeftType
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -27,7 +27,11 @@ from .feedback import TopDownLayer, belongs_to
 
 _BEGIN = "<!-- toast_peft writes this part anew at every save, up to its end mark; all other text is kept. -->"
 _END = "<!-- end of the part of toast_peft -->"
-_OF_TRANSFORMERS = "This is the model card of a 🤗 transformers model that has been pushed on the Hub."
+# What `push_to_hub` of transformers describes a model with that has no card.
+_NOT_DESCRIBED = (
+    "This is the model card of a 🤗 transformers model that has been pushed on the Hub. This model card has been "
+    "automatically generated."
+)
 _TAG_OF_BASE_MODEL = "base_model:adapter:"
 # What a config says that is not a choice of the user.
 _FACTS = {field.name for field in fields(PeftConfig)} - {"task_type"} | {"backbone_type", "num_blocks", "hidden_size"}
@@ -85,13 +89,20 @@ def _write_section(model: PeftModel, folder: str | os.PathLike, location: str | 
     """Put our section into the card of the folder, for adapters at `location`; the tags that it had are returned."""
     path = Path(folder) / "README.md"
     card = ModelCard.load(path) if path.exists() else None
-    if card is None or _OF_TRANSFORMERS in card.text:
+    if card is None or _is_empty_form(card):
         tags = card.data.tags if card else []
         card = ModelCard(f"---\nlibrary_name: peft\n---\n\n# TOAST adapter for {_described(model.get_base_model())}\n")
         card.data.tags = tags
     card.text = _with_section(card.text, _section(model, location))
     card.save(path)
     return {tag for tag in card.data.tags or [] if not tag.startswith(_TAG_OF_BASE_MODEL)}
+
+
+def _is_empty_form(card: ModelCard) -> bool:
+    if _NOT_DESCRIBED not in card.text:
+        return False
+    form = ModelCard.from_template(ModelCardData(), model_description=_NOT_DESCRIBED)
+    return card.text.split() == form.text.split()
 
 
 def _add_tags(folder: str | os.PathLike, tags: set[str]) -> None:
