@@ -34,7 +34,6 @@ REFUSED: dict[str, tuple[Callable[[PeftModel], object], type[Exception], str]] =
     ),
     "merge_and_unload": (lambda model: model.merge_and_unload(), NotImplementedError, "use `unload\\(\\)`"),
     "merge_adapter": (lambda model: model.merge_adapter(), NotImplementedError, "use `unload\\(\\)`"),
-    "unmerge_adapter": (lambda model: model.unmerge_adapter(), NotImplementedError, "use `unload\\(\\)`"),
     "rescale_adapter_scale": (scale, ValueError, "only supported for models with `LoraLayer`s"),
     "convert_to_lora": (lambda model: convert_to_lora(model, rank=4), TypeError, "do not support LoRA conversion"),
     "another method": (
@@ -111,6 +110,17 @@ def test_peft_does_not_take_the_method_for_mergeable() -> None:
     ]
     assert TopDownModel.tuner_layer_cls is TopDownLayer and FeedbackLayer in layers
     assert all(layer.merge is BaseTunerLayer.merge for layer in layers)
+
+
+def test_merging_leaves_the_feedback_alone() -> None:
+    """LoRA on the same model calls it on every layer of any method."""
+    model = steered(tiny_model(tf.ViTModel))
+    expected = output_of(model)
+    for layer in model.modules():
+        if isinstance(layer, TopDownLayer):
+            layer.merge(safe_merge=True, adapter_names=["default"])
+            layer.unmerge()
+    assert torch.equal(output_of(model), expected) and model.get_model_status().merged_adapters == []
 
 
 def test_peft_does_not_list_what_is_missing() -> None:

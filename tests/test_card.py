@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from collections import OrderedDict
@@ -221,6 +222,12 @@ def test_several_adapters_are_all_described(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     text = card_of(tmp_path).text
     assert "- `default`: `TopDownConfig(r=2)`" in text and "- `other`: `TopDownConfig(r=3)`" in text
+
+
+def test_adapters_of_another_method_are_not_described(tmp_path: Path) -> None:
+    base = get_peft_model(tiny_model(tf.ViTModel), LoraConfig(target_modules=["q_proj"]), "lora").base_model.model
+    adapted(base, r=2).save_pretrained(tmp_path)
+    assert re.findall("- `(.*)`: `", card_of(tmp_path).text) == ["default"]
 
 
 def test_copied_model_writes_the_same_card(tmp_path: Path) -> None:

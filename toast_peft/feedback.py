@@ -59,6 +59,8 @@ class TopDownLayer(nn.Module, BaseTunerLayer):
         self.__dict__["value_projection"] = value_projection
         self.frozen_peft_weight_names = {}
         self.merged_adapters = []
+        # Not a method: PEFT takes a method for mergeable if its layers have one.
+        self.merge = _merge_nothing
 
     def get_base_layer(self) -> nn.Module:
         """The value projection without any wrapper of another method; PEFT takes device and dtype from it."""
@@ -88,11 +90,8 @@ class TopDownLayer(nn.Module, BaseTunerLayer):
             raise ValueError(f"TOAST runs one adapter at a time, but {list(adapter_names)} were to be activated.")
         super().set_adapter(adapter_names, inference_mode=inference_mode)
 
-    # `merge` is left to PEFT, which raises too: its table of what each method can do goes by whether it is overridden.
-
     def unmerge(self) -> None:
-        """Always raises: feedback is never merged."""
-        raise NotImplementedError(NO_MERGE)
+        """Nothing: feedback is never merged."""
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """Always raises: feedback is not a change of weights."""
@@ -109,6 +108,10 @@ class TopDownLayer(nn.Module, BaseTunerLayer):
     def unscale_layer(self, scale: float | None = None) -> None:
         """Always raises: feedback has no scale besides its weights."""
         raise NotImplementedError(NO_SCALE)
+
+
+def _merge_nothing(safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+    """For another method, which calls this as well when it merges its own. TOAST's tuner refuses to merge."""
 
 
 class Prompt(nn.Module):
