@@ -130,6 +130,8 @@ def train_and_evaluate(trainer: Trainer) -> dict[str, float]:
         trainer.save_model()
     if trainer.args.do_eval:
         metrics |= trainer.evaluate()
+    if trainer.args.do_train:
+        trainer.create_model_card()
     return metrics
 
 

@@ -32,6 +32,14 @@ NO_MERGE = (
     "TOAST cannot be merged into the base model: the feedback depends on the input, it is not a change of weights. "
     "Keep the adapter, or use `unload()` to get the plain base model back."
 )
+NO_DELTA_WEIGHT = (
+    "TOAST has no delta weight: the feedback depends on the input, it is not a change of weights. To see what an "
+    "adapter changes, compare the outputs with and without `disable_adapter()`."
+)
+NO_SCALE = (
+    "TOAST has no scale that could be changed after training. To strengthen or weaken the feedback, multiply the "
+    "weights of `topdown_linear2` and `topdown_linear2_B` in all blocks."
+)
 
 
 class TopDownLayer(nn.Module, BaseTunerLayer):
@@ -51,6 +59,8 @@ class TopDownLayer(nn.Module, BaseTunerLayer):
         self.__dict__["value_projection"] = value_projection
         self.frozen_peft_weight_names = {}
         self.merged_adapters = []
+        # Not a method: PEFT takes a method for mergeable if its layers have one.
+        self.merge = _merge_nothing
 
     def get_base_layer(self) -> nn.Module:
         """The value projection without any wrapper of another method; PEFT takes device and dtype from it."""
@@ -80,13 +90,28 @@ class TopDownLayer(nn.Module, BaseTunerLayer):
             raise ValueError(f"TOAST runs one adapter at a time, but {list(adapter_names)} were to be activated.")
         super().set_adapter(adapter_names, inference_mode=inference_mode)
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Always raises: feedback depends on the input."""
-        raise NotImplementedError(NO_MERGE)
-
     def unmerge(self) -> None:
-        """Always raises: feedback is never merged."""
-        raise NotImplementedError(NO_MERGE)
+        """Nothing: feedback is never merged."""
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """Always raises: feedback is not a change of weights."""
+        raise NotImplementedError(NO_DELTA_WEIGHT)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Always raises: feedback has no scale besides its weights."""
+        raise NotImplementedError(NO_SCALE)
+
+    def scale_layer(self, scale: float) -> None:
+        """Always raises: feedback has no scale besides its weights."""
+        raise NotImplementedError(NO_SCALE)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Always raises: feedback has no scale besides its weights."""
+        raise NotImplementedError(NO_SCALE)
+
+
+def _merge_nothing(safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+    """For another method, which calls this as well when it merges its own. TOAST's tuner refuses to merge."""
 
 
 class Prompt(nn.Module):

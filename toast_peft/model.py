@@ -158,6 +158,13 @@ class TopDownModel(BaseTuner):
     def _check_merge_allowed(self) -> None:
         raise NotImplementedError(NO_MERGE)
 
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Always raises: feedback is not linear in its weights."""
+        raise NotImplementedError(
+            "TOAST adapters cannot be combined by `add_weighted_adapter`: the feedback is not linear in the weights. "
+            "Switch between adapters with `set_adapter`, or train one on all the data."
+        )
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if kwargs.get("adapter_names") is not None:

@@ -5,6 +5,8 @@ from typing import Any
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType, register_peft_method
 
+from .card import register_model_card
+
 
 def _add_peft_type(name: str) -> None:
     # PEFT uses `.value` and `PeftType(name)` on the type, so a plain string or attribute would not do. An Enum cannot
@@ -31,6 +33,7 @@ def register(config_cls: type, model_cls: Any) -> None:
     """
     if "TOPDOWN" not in PeftType._member_map_:
         _add_peft_type("TOPDOWN")
+        register_model_card()
     if PeftType.TOPDOWN in PEFT_TYPE_TO_CONFIG_MAPPING:
         _forget()
     register_peft_method(name="topdown", config_cls=config_cls, model_cls=model_cls, prefix=model_cls.prefix)
