@@ -170,6 +170,17 @@ def test_starts_another_adapter(options: dict[str, Any], folder: Path) -> None:
     assert torch.equal(output_of(loaded), output_of(model))
 
 
+def test_a_loaded_config_that_starts_from_another_adapter(folder: Path) -> None:
+    """What it says of its old weights does not hold for the new ones."""
+    config = TopDownConfig.from_pretrained(folder / "lite")
+    config.pretrained_feedback = str(folder / "lite")
+    model = get_peft_model(base_of(folder), config).eval()
+    model.save_pretrained(folder / "new")
+    assert parts_in(folder / "new") == FACTORS | {"linear1", "linear2"}
+    loaded = PeftModel.from_pretrained(base_of(folder), folder / "new")
+    assert torch.equal(output_of(loaded), expected_of(folder))
+
+
 def test_state_dict_functions_of_peft(folder: Path) -> None:
     model = PeftModel.from_pretrained(base_of(folder), folder / "lite")
     weights = get_peft_model_state_dict(model, state_dict=model.state_dict())
@@ -279,6 +290,7 @@ def test_where_the_matrices_are_can_be_said_in_code(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("base_feedback", "subfolder"),
     [("/full", None), ("../full", None), ("a/b/c", None), (r"\\host\share", None), ("a/b", ".."), ("a/b", "/full")],
+    ids=str,
 )
 def test_a_downloaded_adapter_names_no_folder(
     base_feedback: str, subfolder: str | None, folder: Path, monkeypatch: pytest.MonkeyPatch

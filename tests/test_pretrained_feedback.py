@@ -15,7 +15,7 @@ from peft import (
     get_peft_config,
     get_peft_model,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import toast_peft.base_feedback
@@ -201,7 +201,30 @@ def test_damaged_weights_are_refused(damage: str, tmp_path: Path) -> None:
     assert list(base.state_dict()) == names and torch.equal(output_of(base), expected)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "integers"])
+def test_weights_that_are_no_numbers_are_refused(value: float | str, tmp_path: Path) -> None:
+    steered(tiny_model(tf.ViTModel)).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    weights = load_file(file)
+    name = next(name for name in weights if "topdown_linear1" in name)
+    weights[name] = weights[name].int() if value == "integers" else weights[name].fill_(value)
+    save_file(weights, file)
+    with pytest.raises(
+        ValueError, match="has weights with NaN, Inf or of a dtype other than .*topdown_linear1.weight"
+    ):
+        adapted(tiny_model(tf.ViTModel), pretrained_feedback=tmp_path)
+
+
 # -------------------------------------------------------------------------------------- how the adapter is made
+
+
+def test_on_the_meta_device(tmp_path: Path) -> None:
+    """As on the other ranks of FSDP, which get their weights from the first."""
+    steered(tiny_model(tf.ViTModel), r=2).save_pretrained(tmp_path)
+    model = adapted(tiny_model(tf.ViTModel).to("meta"), r=3, pretrained_feedback=tmp_path)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    expected = adapted(tiny_model(tf.ViTModel), r=3, pretrained_feedback=tmp_path)
+    assert model.state_dict().keys() == expected.state_dict().keys()
 
 
 @pytest.mark.parametrize("options", [{}, {"r": 2}, {"r": 3}], ids=str)

@@ -151,7 +151,8 @@ def _check_reference(config: TopDownConfig) -> None:
     path, subfolder = config.base_feedback, config.base_feedback_subfolder
     if config.reference_in_file != (path, subfolder):  # of an adapter in a local folder, or set in code
         return
-    if not (_is_hub_id(path) and all(map(_is_plain, (subfolder or "folder").split("/")))):
+    parts = [part for names in (subfolder, config.base_feedback_revision) if names for part in names.split("/")]
+    if not (_is_hub_id(path) and all(re.fullmatch(r"[\w-][\w.-]*", part) for part in parts)):
         raise ValueError(
             f"The file of a TOAST adapter names {path!r} (subfolder {subfolder!r}) as its `base_feedback`; expected a "
             "Hub id, as the adapter is not in a local folder. If it is right, set `base_feedback` of "
@@ -165,7 +166,3 @@ def _is_hub_id(path: str) -> bool:
     except HFValidationError:
         return False
     return True
-
-
-def _is_plain(folder: str) -> bool:
-    return re.fullmatch(r"[\w-][\w.-]*", folder) is not None

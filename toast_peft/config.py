@@ -273,8 +273,8 @@ class TopDownConfig(PeftConfig):
                 setattr(self, name, default)
 
     def clear_pretrained(self) -> None:
-        """Forget what the adapter started from; its weights are then its own."""
-        for name, default in _RUNTIME_OPTIONS.items():
+        """Forget where the adapter starts from: its weights are then its own."""
+        for name, default in _RUNTIME_OPTIONS.items() | dict.fromkeys(_BASE_FEEDBACK).items():
             setattr(self, name, default)
 
     def _check_pretrained(self) -> None:

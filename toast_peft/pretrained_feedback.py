@@ -1,5 +1,7 @@
 """Starts a new adapter from the feedback of a saved one."""
 
+from copy import copy
+
 import torch
 from peft import PeftConfig
 from safetensors import SafetensorError
@@ -51,12 +53,9 @@ def start_from_pretrained(model: nn.Module, adapter_name: str, config: TopDownCo
         for name, layer in layers.items()
         for part, tensor in _started(layer, adapter_name, found[name], saved, config).items()
     }
-    if config.share_pretrained_feedback:
-        fixed = {name_in_file(adapter_name, name): started[name] for name in started if is_fixed_matrix(name)}
-        _share(saved, config, commit, fixed)
     copy_weights(model, started)
-    config.init_weights = _goes_on(saved, config) and saved.init_weights
-    config.clear_pretrained()
+    fixed = {name_in_file(adapter_name, name): started[name] for name in started if is_fixed_matrix(name)}
+    _describe_weights(config, saved, commit, fixed)
     return started
 
 
@@ -80,10 +79,21 @@ def _read(saved: TopDownConfig, config: TopDownConfig) -> tuple[dict[str, torch.
             f"The weights of `pretrained_feedback={path!r}` could not be read; expected a TOAST adapter as "
             f"`save_pretrained` writes it, with safetensors. ({error})"
         ) from error
+    unusable = [name for name, tensor in weights.items() if ".topdown_" in name and not _is_usable(tensor)]
+    if unusable:
+        raise ValueError(
+            f"`pretrained_feedback={path!r}` has weights with NaN, Inf or of a dtype other than float16, bfloat16, "
+            f"float32 and float64: {', '.join(unusable)}; expected a trained TOAST adapter."
+        )
     if saved.base_feedback is not None:
         factors = [name for name in weights if ".topdown_linear" in name and "_A." in name]
         weights |= read_base_feedback(saved, [name.replace("_A.", ".") for name in factors])
     return weights, commit
+
+
+def _is_usable(tensor: torch.Tensor) -> bool:
+    known = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    return tensor.dtype in known and bool(tensor.isfinite().all())
 
 
 def _find(
@@ -168,11 +178,18 @@ def _rounded(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.promote_types(like.dtype, torch.float32))
 
 
-def _share(saved: TopDownConfig, config: TopDownConfig, commit: str | None, fixed: dict[str, torch.Tensor]) -> None:
-    config.base_feedback = config.pretrained_feedback
-    config.base_feedback_revision = commit or config.pretrained_revision
-    config.base_feedback_subfolder = config.pretrained_subfolder
-    config.base_feedback_sha256 = sha256_of(fixed)
+def _describe_weights(
+    config: TopDownConfig, saved: TopDownConfig, commit: str | None, fixed: dict[str, torch.Tensor]
+) -> None:
+    """Say in the config of the new adapter what has to be in its file, and where the rest is."""
+    config.init_weights = _goes_on(saved, config) and saved.init_weights
+    given = copy(config)
+    config.clear_pretrained()
+    if given.share_pretrained_feedback:
+        config.base_feedback = given.pretrained_feedback
+        config.base_feedback_revision = commit or given.pretrained_revision
+        config.base_feedback_subfolder = given.pretrained_subfolder
+        config.base_feedback_sha256 = sha256_of(fixed)
 
 
 def _described(config: TopDownConfig) -> str:
