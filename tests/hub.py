@@ -37,5 +37,5 @@ class Hub:
         monkeypatch.setattr("transformers.utils.hub.hf_hub_download", download)
         monkeypatch.setattr("transformers.utils.hub._get_cache_file_to_return", self.file)
 
-    def file(self, repo_id: str | None, name: str, *args: Any) -> str:
+    def file(self, repo_id: str | None, name: str, *args: Any, **kwargs: Any) -> str:
         return str(self.folder / name)

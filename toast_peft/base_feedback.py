@@ -33,10 +33,22 @@ def read_weights(path: str, revision: str | None, subfolder: str | None) -> tupl
     Raises:
         OSError: if there is no such file.
         safetensors.SafetensorError: if it is damaged.
+        ValueError: if its feedback is not made of finite numbers.
     """
     file = cached_file(path, SAFETENSORS_WEIGHTS_NAME, revision=revision, subfolder=subfolder or "")
     weights = {_canonical(name.removeprefix("base_model.model.")): tensor for name, tensor in load_file(file).items()}
+    unusable = [name for name, tensor in weights.items() if ".topdown_" in name and not _is_usable(tensor)]
+    if unusable:
+        raise ValueError(
+            f"The TOAST adapter {path!r} has weights with NaN, Inf or of a dtype other than float16, bfloat16, "
+            f"float32 and float64: {', '.join(unusable)}; expected a trained adapter."
+        )
     return weights, extract_commit_hash(file, None)
+
+
+def _is_usable(tensor: torch.Tensor) -> bool:
+    known = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    return tensor.dtype in known and bool(tensor.isfinite().all())
 
 
 def name_in_file(adapter_name: str, name: str) -> str:
