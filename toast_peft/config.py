@@ -29,7 +29,9 @@ _RUNTIME_OPTIONS = {
     "pretrained_subfolder": None,
     "share_pretrained_feedback": False,
 }
-_BASE_FEEDBACK = ("base_feedback", "base_feedback_revision", "base_feedback_subfolder", "base_feedback_sha256")
+_BASE_FEEDBACK = dict.fromkeys(
+    ["base_feedback", "base_feedback_revision", "base_feedback_subfolder", "base_feedback_sha256"]
+)
 
 
 @dataclass
@@ -274,13 +276,13 @@ class TopDownConfig(PeftConfig):
 
     def clear_pretrained(self) -> None:
         """Forget where the adapter starts from: its weights are then its own."""
-        for name, default in _RUNTIME_OPTIONS.items() | dict.fromkeys(_BASE_FEEDBACK).items():
+        for name, default in (_RUNTIME_OPTIONS | _BASE_FEEDBACK).items():
             setattr(self, name, default)
 
     def _check_pretrained(self) -> None:
         if isinstance(self.pretrained_feedback, os.PathLike):
             self.pretrained_feedback = os.fspath(self.pretrained_feedback)
-        for name, default in _RUNTIME_OPTIONS.items() | dict.fromkeys(_BASE_FEEDBACK).items():
+        for name, default in (_RUNTIME_OPTIONS | _BASE_FEEDBACK).items():
             expected = "a string" if default is None else "True or False"
             value = getattr(self, name)
             if value is not None and not isinstance(value, str if default is None else bool):
