@@ -367,8 +367,6 @@ def test_pretrained_feedback_for_some_of_its_blocks(tmp_path: Path) -> None:
     ("model_class", "saved", "options", "message"),
     [
         (tf.LlamaForCausalLM, {}, {}, "made for backbone_type='vit', the model has 'llama'"),
-        (tf.ViTModel, {"r": 2}, {}, "cannot start one with r=0"),
-        (tf.ViTModel, {"r": 2}, {"r": 4}, "cannot start one with r=4"),
         (tf.ViTModel, {"feedback_to": 2}, {}, "lacks: feedback_path.layers.0"),
     ],
 )

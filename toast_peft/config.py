@@ -1,5 +1,7 @@
 """`TopDownConfig`: what a user can choose."""
 
+import os
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +21,17 @@ OFFICIAL_STAGES = {
     "llama-tuning": {"trainable_parts": ["prompt", "linear2"]},
     "llama-lite": {"trainable_parts": ["prompt", "linear1", "linear2"], "r": 4, "lora_alpha": 1},
 }
+
+# Where a new adapter starts from. For this run only: neither saved, nor taken from a file, which could name anything.
+_RUNTIME_OPTIONS = {
+    "pretrained_feedback": None,
+    "pretrained_revision": None,
+    "pretrained_subfolder": None,
+    "share_pretrained_feedback": False,
+}
+_BASE_FEEDBACK = dict.fromkeys(
+    ["base_feedback", "base_feedback_revision", "base_feedback_subfolder", "base_feedback_sha256"]
+)
 
 
 @dataclass
@@ -68,8 +81,17 @@ class TopDownConfig(PeftConfig):
             the loss is computed outside of the model, add `model.variational_loss()` to it. For pre-tuning; the
             official code uses 0.1 for ViT and 0.01 for LLaMA and ConvNeXt. Default: 0, not computed.
         variational_ignore_padding: leave tokens with `attention_mask` 0 out of it. The official code does not.
-        pretrained_feedback: path or Hub id of a saved TOAST adapter to start from instead of `init_weights`; what is
-            trained is as this config says. For Lite it can be a full one, whose matrices then stay fixed.
+        pretrained_feedback: path or Hub id of a saved TOAST adapter whose feedback the new one starts with, instead of
+            `init_weights`; what is trained is as this config says. Both may be full or Lite, of any rank and
+            `lora_alpha`. For this run only, as are the next three: it is not saved, and ignored in a file.
+        pretrained_revision: branch, tag or commit of `pretrained_feedback` on the Hub.
+        pretrained_subfolder: folder in `pretrained_feedback` that has the adapter.
+        share_pretrained_feedback: whether the fixed matrices of a Lite adapter that starts from a full one are left
+            out of its file, which then needs the other to be loaded: `base_feedback` says where that is.
+            Default: no, the file has everything.
+        base_feedback, base_feedback_revision, base_feedback_subfolder, base_feedback_sha256: the full adapter that the
+            fixed matrices are from, and their hash. Filled in by `share_pretrained_feedback`. In the file of an
+            adapter from the Hub, `base_feedback` can only be a Hub id; of one in a local folder, any path as well.
         backbone_type, num_blocks, hidden_size: the model the adapter was made for. Filled in when it is made and
             compared when it is loaded; leave them alone.
 
@@ -152,6 +174,23 @@ class TopDownConfig(PeftConfig):
         default=None,
         metadata={"help": "Path or Hub id of a saved TOAST adapter whose feedback this one starts from."},
     )
+    pretrained_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of pretrained_feedback on the Hub."}
+    )
+    pretrained_subfolder: str | None = field(
+        default=None, metadata={"help": "Folder in pretrained_feedback that has the adapter."}
+    )
+    share_pretrained_feedback: bool = field(
+        default=False,
+        metadata={"help": "Lite: store a reference to pretrained_feedback instead of its matrices, which stay fixed."},
+    )
+    base_feedback: str | None = field(
+        default=None,
+        metadata={"help": "Path or Hub id of the full adapter that the fixed matrices are from. Filled in."},
+    )
+    base_feedback_revision: str | None = field(default=None, metadata={"help": "Its commit. Filled in."})
+    base_feedback_subfolder: str | None = field(default=None, metadata={"help": "Its folder. Filled in."})
+    base_feedback_sha256: str | None = field(default=None, metadata={"help": "Hash of the matrices. Filled in."})
     backbone_type: str | None = field(
         default=None, metadata={"help": "Model type the adapter was made for. Filled in, not to be set."}
     )
@@ -168,6 +207,11 @@ class TopDownConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # Only a file gives the type as a plain string. It may be downloaded, and so cannot name any folder to be read.
+        is_from_file = self.peft_type is not None and not isinstance(self.peft_type, PeftType)
+        self.reference_in_file = (self.base_feedback, self.base_feedback_subfolder) if is_from_file else None
+        if is_from_file:
+            self._drop_runtime_options()
         self.peft_type = PeftType.TOPDOWN
         # Only a config that was saved with an adapter is made with these facts about the base model.
         self.is_of_saved_adapter = self.num_blocks is not None
@@ -177,6 +221,7 @@ class TopDownConfig(PeftConfig):
         self.trainable_parts = _check_trainable_parts(self.trainable_parts)
         self._check_rank()
         self._check_range()
+        self._check_pretrained()
         if not self.variational_weight >= 0:
             raise ValueError(f"`variational_weight` is {self.variational_weight!r}; expected 0 or a positive number.")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
@@ -199,6 +244,61 @@ class TopDownConfig(PeftConfig):
         if name not in OFFICIAL_STAGES:
             raise ValueError(f"There is no stage {name!r}; expected one of {list(OFFICIAL_STAGES)}.")
         return cls(**OFFICIAL_STAGES[name] | options)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> PeftConfig:
+        """As `PeftConfig.from_pretrained`. Of an adapter in a local folder, `base_feedback` can be one as well."""
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if os.path.isdir(pretrained_model_name_or_path):
+            config.reference_in_file = None
+        return config
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """The options in a file."""
+        return {"peft_type": PeftType.TOPDOWN.value} | super().from_json_file(path_json_file, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options that are saved."""
+        return {name: value for name, value in super().to_dict().items() if name not in _RUNTIME_OPTIONS}
+
+    def _drop_runtime_options(self) -> None:
+        for name, default in _RUNTIME_OPTIONS.items():
+            if getattr(self, name) != default:
+                warnings.warn(
+                    f"`{name}={getattr(self, name)!r}` in the file of an adapter is ignored; to start from another "
+                    "adapter, set it on the config in your own code.",
+                    stacklevel=4,
+                )
+                setattr(self, name, default)
+
+    def clear_pretrained(self) -> None:
+        """Forget where the adapter starts from: its weights are then its own."""
+        for name, default in (_RUNTIME_OPTIONS | _BASE_FEEDBACK).items():
+            setattr(self, name, default)
+
+    def _check_pretrained(self) -> None:
+        if isinstance(self.pretrained_feedback, os.PathLike):
+            self.pretrained_feedback = os.fspath(self.pretrained_feedback)
+        for name, default in (_RUNTIME_OPTIONS | _BASE_FEEDBACK).items():
+            expected = "a string" if default is None else "True or False"
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str if default is None else bool):
+                raise ValueError(f"`{name}` is {value!r}; expected {expected}.")
+        for name in list(_RUNTIME_OPTIONS)[1:]:
+            if getattr(self, name) and self.pretrained_feedback is None:
+                raise ValueError(
+                    f"`{name}={getattr(self, name)!r}` is about `pretrained_feedback`, which is not given; name the "
+                    "adapter to start from there."
+                )
+        for name in ("share_pretrained_feedback", "base_feedback"):
+            if getattr(self, name) and self.r == 0:
+                raise ValueError(
+                    f"`{name}={getattr(self, name)!r}` needs fixed matrices, but with `r=0` they are trained; "
+                    "expected a positive rank (Lite)."
+                )
 
     def _check_rank(self) -> None:
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 0:

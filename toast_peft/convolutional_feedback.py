@@ -49,7 +49,7 @@ class ConvolutionalFeedbackLayer(FeedbackLayer):
     def _new_linear1(self, in_features: int) -> nn.Module:
         return nn.ConvTranspose2d(in_features, self.out_features, self.stride, self.stride, bias=False)
 
-    def _init_identity(self, linear1: torch.Tensor) -> None:
+    def init_identity(self, linear1: torch.Tensor) -> None:
         channels = torch.arange(self.in_features)
         linear1.zero_()
         linear1[channels, channels % self.out_features] = self._identity_scale
@@ -58,7 +58,7 @@ class ConvolutionalFeedbackLayer(FeedbackLayer):
         nn.init.kaiming_uniform_(linear1, a=math.sqrt(5))  # torch's own, which the official code leaves it at
 
     def _identity(self, z: torch.Tensor) -> torch.Tensor:
-        """What `_init_identity` sets `linear1` to, without weights. Shape: [b, c, h, w] -> [b, c', s h, s w]"""
+        """What `init_identity` sets `linear1` to, without weights. Shape: [b, c, h, w] -> [b, c', s h, s w]"""
         folded = self._fold_channels(z.movedim(1, -1)).movedim(-1, 1)
         return F.interpolate(folded, scale_factor=self.stride, mode="nearest")
 

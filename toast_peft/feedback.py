@@ -237,14 +237,22 @@ class FeedbackLayer(TopDownLayer):
             self.topdown_linear1[adapter_name] = self._new_linear1(self.in_features)
             self.topdown_linear2[adapter_name] = self._new_linear(d, d)
         if r > 0:
-            self.topdown_linear1_A[adapter_name] = self._new_linear(self.in_features, r)
-            self.topdown_linear1_B[adapter_name] = self._new_linear1(r)
-            self.topdown_linear2_A[adapter_name] = self._new_linear(d, r)
-            self.topdown_linear2_B[adapter_name] = self._new_linear(r, d)
+            for name, factor in self.new_factors(r).items():
+                getattr(self, name)[adapter_name] = factor
             self.topdown_scaling[adapter_name] = config.lora_alpha / r
             self.topdown_dropout[adapter_name] = nn.Dropout(config.lora_dropout)
         self.reset_parameters(adapter_name, config.init_weights)
         self._finish_update(adapter_name, config, frozen=("topdown_linear1", "topdown_linear2") if r > 0 else ())
+
+    def new_factors(self, r: int) -> dict[str, nn.Module]:
+        """A and B of both linear layers for a rank, by the names of their containers."""
+        d = self.out_features
+        return {
+            "topdown_linear1_A": self._new_linear(self.in_features, r),
+            "topdown_linear1_B": self._new_linear1(r),
+            "topdown_linear2_A": self._new_linear(d, r),
+            "topdown_linear2_B": self._new_linear(r, d),
+        }
 
     def _new_linear(self, in_features: int, out_features: int) -> nn.Module:
         return nn.Linear(in_features, out_features, bias=False)
@@ -259,7 +267,7 @@ class FeedbackLayer(TopDownLayer):
         if adapter_name in self.topdown_linear1:
             linear1, linear2 = self.topdown_linear1[adapter_name].weight, self.topdown_linear2[adapter_name].weight
             if init_weights:
-                self._init_identity(linear1)
+                self.init_identity(linear1)
                 nn.init.zeros_(linear2)
             else:
                 self._init_random(linear1)
@@ -279,14 +287,14 @@ class FeedbackLayer(TopDownLayer):
         padded = F.pad(z, (0, -self.in_features % self.out_features))
         return self._identity_scale * padded.unflatten(-1, (-1, self.out_features)).sum(-2)
 
-    def _init_identity(self, linear1: torch.Tensor) -> None:
+    def init_identity(self, linear1: torch.Tensor) -> None:
         nn.init.eye_(linear1)
 
     def _init_random(self, linear1: torch.Tensor) -> None:
         nn.init.normal_(linear1, std=0.02)
 
     def _identity(self, z: torch.Tensor) -> torch.Tensor:
-        """What `_init_identity` sets `linear1` to, without weights."""
+        """What `init_identity` sets `linear1` to, without weights."""
         return z
 
     def forward(self, z: torch.Tensor, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -39,14 +39,14 @@ class HierarchicalFeedbackLayer(FeedbackLayer):
     def _new_linear1(self, in_features: int) -> nn.Module:
         return self._new_linear(in_features, self.num_tokens * self.out_features)
 
-    def _init_identity(self, linear1: torch.Tensor) -> None:
+    def init_identity(self, linear1: torch.Tensor) -> None:
         channels = torch.arange(self.in_features)
         linear1.zero_()
         for token in range(self.num_tokens):
             linear1[token * self.out_features + channels % self.out_features, channels] = self._identity_scale
 
     def _identity(self, z: torch.Tensor) -> torch.Tensor:
-        """What `_init_identity` sets `linear1` to, without weights."""
+        """What `init_identity` sets `linear1` to, without weights."""
         return self._fold_channels(z).repeat(1, 1, 1, self.num_tokens)
 
     def forward(self, z: torch.Tensor, adapter_name: str, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:

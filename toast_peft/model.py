@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from .base_feedback import copy_weights, is_in_base_feedback, load_base_feedback
 from .block_stack import BlockStack
 from .config import TopDownConfig
 from .convolutional_feedback import ConvolutionalFeedbackPath
@@ -20,7 +21,7 @@ from .hierarchical_feedback import HierarchicalFeedbackPath
 from .hierarchical_passes import TwoPassesOverHierarchy
 from .hierarchical_stack import HierarchicalStack
 from .passes import TwoPasses
-from .pretrained_feedback import copy_weights, start_from_pretrained
+from .pretrained_feedback import start_from_pretrained
 from .stage_passes import TwoPassesOverStages
 from .stage_stack import StageStack
 
@@ -42,7 +43,7 @@ class TopDownModel(BaseTuner):
     target_module_mapping: ClassVar[dict] = {}
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # For new adapters that start from a saved one its weights, until PEFT has chosen their dtype.
+        # For new adapters with weights of a saved one these weights, until PEFT has chosen their dtype.
         self._pretrained: dict[str, dict[str, torch.Tensor]] = {}
         super().__init__(*args, **kwargs)
 
@@ -57,6 +58,8 @@ class TopDownModel(BaseTuner):
             is_loaded = config.is_of_saved_adapter and config.pretrained_feedback is None
             if config.pretrained_feedback is not None:
                 self._pretrained[adapter_name] = start_from_pretrained(self.model, adapter_name, config)
+            elif config.base_feedback is not None:
+                self._pretrained[adapter_name] = load_base_feedback(self.model, adapter_name, config)
         except Exception:
             _undo_injection(model, adapter_name, trainable)
             raise
@@ -174,7 +177,14 @@ class TopDownModel(BaseTuner):
             )
         yield
 
-    # ----------------------------------------------------------------------------------------------------- loading
+    # ------------------------------------------------------------------------------------------ saving and loading
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: TopDownConfig, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> dict[str, torch.Tensor]:
+        weights = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+        return {name: tensor for name, tensor in weights.items() if not is_in_base_feedback(config, name)}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -185,7 +195,7 @@ class TopDownModel(BaseTuner):
         expected = {
             name: tuple(parameter.shape)
             for name, parameter in base_model.named_parameters()
-            if belongs_to(adapter_name, name)
+            if belongs_to(adapter_name, name) and not is_in_base_feedback(config, name)
         }
         found = {name.removeprefix("base_model.model."): tuple(tensor.shape) for name, tensor in remapped.items()}
         problems = describe_differences(expected, {name: found[name] for name in found if cls.prefix in name})
@@ -197,7 +207,12 @@ class TopDownModel(BaseTuner):
                 f"The weights of the TOAST adapter {adapter_name!r} do not fit its config and this model: "
                 + "; ".join(problems)
             )
-        return remapped
+        # What is in the base feedback is in the model already; PEFT would warn that it is missing.
+        return remapped | {
+            name: parameter.detach()
+            for name, parameter in model.named_parameters()
+            if belongs_to(adapter_name, name) and is_in_base_feedback(config, name)
+        }
 
 
 def _with_base_model_facts(config: TopDownConfig, stacks: list[BlockStack]) -> TopDownConfig:

@@ -1,26 +1,33 @@
 """Starts a new adapter from the feedback of a saved one."""
 
+from copy import copy
+
 import torch
 from peft import PeftConfig
-from peft.utils import load_peft_weights
+from safetensors import SafetensorError
 from torch import nn
 
+from .base_feedback import copy_weights, is_fixed_matrix, name_in_file, read_base_feedback, read_weights, sha256_of
 from .config import TopDownConfig
-from .feedback import belongs_to
+from .feedback import FeedbackLayer, TopDownLayer
 
-_FACTORS = ("_A.", "_B.")
+_LINEARS = ("topdown_linear1", "topdown_linear2")
 
 
 def start_from_pretrained(model: nn.Module, adapter_name: str, config: TopDownConfig) -> dict[str, torch.Tensor]:
-    """Copy the feedback of the adapter `config.pretrained_feedback` into a new one, and clear this option.
+    """Give a new adapter the feedback of the adapter `config.pretrained_feedback`, and clear this option.
+
+    The new adapter computes the same feedback. If both are Lite and of the same rank, it goes on from the factors of
+    the saved one. Else its matrices become `W + (lora_alpha / r) * B A` of the saved one, and its factors, if it has
+    any, start as those of a new adapter.
 
     Only feedback is copied, no head that was saved with it. Feedback of blocks outside of the new adapter's loop is
-    left out. Low-rank factors start as those of a new adapter unless the saved one has them too.
+    left out.
 
     Args:
         model: the base model with the new adapter.
         adapter_name: its name.
-        config: its config; what is saved of it will say that its weights are all in the file.
+        config: its config; it will say which weights have to be in the file when the adapter is saved.
 
     Returns:
         The weights that were copied, by the names of the parameters.
@@ -28,39 +35,150 @@ def start_from_pretrained(model: nn.Module, adapter_name: str, config: TopDownCo
     Raises:
         ValueError: if the saved adapter is of another method or base model, or lacks what the new one needs.
     """
-    saved = PeftConfig.from_pretrained(config.pretrained_feedback)
-    _check_same_base_model(saved, config)
-    weights = load_peft_weights(config.pretrained_feedback, device="cpu")
-    wanted = {name: p for name, p in model.named_parameters() if belongs_to(adapter_name, name)}
-    if saved.r == 0:
-        wanted = {name: p for name, p in wanted.items() if not any(factor in name for factor in _FACTORS)}
-    found = {name: weights.get("base_model.model." + _without(adapter_name, name)) for name in wanted}
-    problems = [
-        f"{_without(adapter_name, name)} of shape {list(parameter.shape)}"
-        for name, parameter in wanted.items()
-        if found[name] is None or found[name].shape != parameter.shape
-    ]
-    if problems:
+    saved = TopDownConfig.from_pretrained(
+        config.pretrained_feedback, subfolder=config.pretrained_subfolder, revision=config.pretrained_revision
+    )
+    _check_fits(saved, config)
+    weights, commit = _read(saved, config)
+    layers = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, TopDownLayer) and _parts(layer, adapter_name)
+    }
+    found = _find(weights, layers, adapter_name, saved, config)
+    for layer in layers.values():
+        _prepare(layer, adapter_name, keeps_identity=_goes_on(saved, config) and saved.init_weights)
+    started = {
+        f"{name}.{part}.{adapter_name}.weight": tensor
+        for name, layer in layers.items()
+        for part, tensor in _started(layer, adapter_name, found[name], saved, config).items()
+    }
+    copy_weights(model, started)
+    fixed = {name_in_file(adapter_name, name): started[name] for name in started if is_fixed_matrix(name)}
+    _describe_weights(config, saved, commit, fixed)
+    return started
+
+
+def _parts(layer: TopDownLayer, adapter_name: str) -> dict[str, nn.Module]:
+    """What an adapter has in a layer, by the names of the containers."""
+    containers = {name: getattr(layer, name) for name in layer.adapter_layer_names}
+    return {name: container[adapter_name] for name, container in containers.items() if adapter_name in container}
+
+
+def _goes_on(saved: TopDownConfig, config: TopDownConfig) -> bool:
+    """Whether the new adapter starts with the factors of the saved one; with `lora_alpha=0` these would do nothing."""
+    return 0 < saved.r == config.r and config.lora_alpha != 0
+
+
+def _read(saved: TopDownConfig, config: TopDownConfig) -> tuple[dict[str, torch.Tensor], str | None]:
+    path = config.pretrained_feedback
+    try:
+        weights, commit = read_weights(path, config.pretrained_revision, config.pretrained_subfolder)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"The weights of `pretrained_feedback={path!r}` could not be read; expected a TOAST adapter as "
+            f"`save_pretrained` writes it, with safetensors. ({error})"
+        ) from error
+    if saved.base_feedback is not None:
+        factors = [name for name in weights if ".topdown_linear" in name and "_A." in name]
+        weights |= read_base_feedback(saved, [name.replace("_A.", ".") for name in factors])
+    return weights, commit
+
+
+def _find(
+    weights: dict[str, torch.Tensor],
+    layers: dict[str, TopDownLayer],
+    adapter_name: str,
+    saved: TopDownConfig,
+    config: TopDownConfig,
+) -> dict[str, dict[str, torch.Tensor]]:
+    """For each layer of the new adapter what the saved one has there, by the names of the containers."""
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    lacking = []
+    for layer_name, layer in layers.items():
+        found[layer_name] = {}
+        for part, shape in _saved_shapes(layer, adapter_name, saved).items():
+            name = name_in_file(adapter_name, f"{layer_name}.{part}.{adapter_name}.weight")
+            if name in weights and weights[name].shape == shape:
+                found[layer_name][part] = weights[name]
+            else:
+                lacking.append(f"{name} of shape {list(shape)}")
+    if lacking:
         raise ValueError(
             f"The adapter {config.pretrained_feedback!r} ({_described(saved)}) cannot start one with "
-            f"{_described(config)}; it lacks: {', '.join(problems)}."
+            f"{_described(config)}; it lacks: {', '.join(lacking)}."
         )
-    copy_weights(model, found)
-    config.pretrained_feedback, config.init_weights = None, False
     return found
 
 
-@torch.no_grad()
-def copy_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """Copy weights into the parameters of these names."""
-    for name, tensor in weights.items():
-        model.get_parameter(name).copy_(tensor)
+def _saved_shapes(layer: TopDownLayer, adapter_name: str, saved: TopDownConfig) -> dict[str, torch.Size]:
+    parts = _parts(layer, adapter_name)
+    if isinstance(layer, FeedbackLayer):
+        has_matrices = saved.r == 0 or not saved.init_weights
+        parts = {name: parts[name] for name in _LINEARS if has_matrices}
+        if saved.r > 0:
+            with torch.device("meta"):
+                parts |= layer.new_factors(saved.r)
+    return {name: part.weight.shape for name, part in parts.items()}
 
 
-def _without(adapter_name: str, name: str) -> str:
-    """The name of a parameter as it is saved, without that of the adapter."""
-    before, _, after = name.rpartition(f".{adapter_name}.")
-    return f"{before}.{after}"
+def _prepare(layer: TopDownLayer, adapter_name: str, keeps_identity: bool) -> None:
+    """Make the new adapter's parts real (`low_cpu_mem_usage=True` does not), and those that it is to have."""
+    parts = _parts(layer, adapter_name)
+    if any(part.weight.is_meta for part in parts.values()):
+        for part in parts.values():
+            part.to_empty(device="cpu")
+        if isinstance(layer, FeedbackLayer):
+            layer.reset_parameters(adapter_name, init_weights=True)
+        layer._move_adapter_to_device_of_base_layer(adapter_name)
+    if isinstance(layer, FeedbackLayer) and keeps_identity:
+        for linear in _LINEARS:
+            del getattr(layer, linear)[adapter_name]
+
+
+def _started(
+    layer: TopDownLayer,
+    adapter_name: str,
+    found: dict[str, torch.Tensor],
+    saved: TopDownConfig,
+    config: TopDownConfig,
+) -> dict[str, torch.Tensor]:
+    """The weights of a layer of the new adapter; factors that are not among them stay as they are."""
+    if not isinstance(layer, FeedbackLayer) or saved.r == 0:
+        return found
+    if _goes_on(saved, config):
+        ratio = saved.lora_alpha / config.lora_alpha
+        factors = {name: tensor for name, tensor in found.items() if name.endswith("_B")}
+        return found | {name: _rounded(ratio * B.double(), B) for name, B in factors.items()}
+    is_transposed = isinstance(layer.topdown_linear1[adapter_name], nn.ConvTranspose2d)
+    started = {}
+    for linear in _LINEARS:
+        A, B = found[f"{linear}_A"].double(), found[f"{linear}_B"].double()
+        equation = "ro...,ri->io..." if is_transposed and linear == "topdown_linear1" else "or...,ri->oi..."
+        product = torch.einsum(equation, B, A.flatten(1))
+        fixed = found[linear].double() if linear in found else torch.zeros_like(product)
+        if linear == "topdown_linear1" and linear not in found:
+            layer.init_identity(fixed)
+        started[linear] = _rounded(fixed + saved.lora_alpha / saved.r * product, found[f"{linear}_B"])
+    return started
+
+
+def _rounded(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.promote_types(like.dtype, torch.float32))
+
+
+def _describe_weights(
+    config: TopDownConfig, saved: TopDownConfig, commit: str | None, fixed: dict[str, torch.Tensor]
+) -> None:
+    """Say in the config of the new adapter what has to be in its file, and where the rest is."""
+    config.init_weights = _goes_on(saved, config) and saved.init_weights
+    given = copy(config)
+    config.clear_pretrained()
+    if given.share_pretrained_feedback:
+        config.base_feedback = given.pretrained_feedback
+        config.base_feedback_revision = commit or given.pretrained_revision
+        config.base_feedback_subfolder = given.pretrained_subfolder
+        config.base_feedback_sha256 = sha256_of(fixed)
 
 
 def _described(config: TopDownConfig) -> str:
@@ -71,7 +189,7 @@ def _described(config: TopDownConfig) -> str:
     return f"r={config.r}, {ranges}"
 
 
-def _check_same_base_model(saved: PeftConfig, config: TopDownConfig) -> None:
+def _check_fits(saved: PeftConfig, config: TopDownConfig) -> None:
     if not isinstance(saved, TopDownConfig):
         raise ValueError(
             f"`pretrained_feedback={config.pretrained_feedback!r}` is a {saved.peft_type} adapter; expected TOAST."
@@ -85,4 +203,16 @@ def _check_same_base_model(saved: PeftConfig, config: TopDownConfig) -> None:
                 for name in different
             )
             + "."
+        )
+    for name in ("normalize_features", "double_value_bias"):
+        trained_with, given = getattr(saved, name), getattr(config, name)
+        if trained_with != given:
+            raise ValueError(
+                f"`pretrained_feedback={config.pretrained_feedback!r}` was trained with `{name}={trained_with!r}` and "
+                f"would do something else with `{name}={given!r}`; pass `{name}={trained_with!r}`."
+            )
+    if config.share_pretrained_feedback and saved.r > 0:
+        raise ValueError(
+            f"`share_pretrained_feedback=True` needs a full adapter, but {config.pretrained_feedback!r} has "
+            f"`r={saved.r}`; leave it out to store everything in the new adapter."
         )
