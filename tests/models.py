@@ -1,5 +1,6 @@
 """Tiny models of every supported type with random weights, and TOAST adapters on them whose effect is visible."""
 
+import inspect
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -90,6 +91,10 @@ _VALUE_PROJECTIONS = ("v_proj", ".value")
 # Neither a layer of the feedback path nor one of a segmentation decoder.
 _BLOCK = r"(^|(?<!path)(?<!stage)\.)layers?\.\d+$"
 DECODERS = [cls for cls in MODELS if cls.__name__.endswith("ForCausalLM")]
+# What transformers calls the argument and the output that is a cache; "past_key_values" before 5.24.
+CACHE = next(
+    name for name in ("cache", "past_key_values") if name in inspect.signature(tf.LlamaModel.forward).parameters
+)
 # One of each kind, for what does not depend on the model type.
 VIT_AND_LLAMA = [tf.ViTForImageClassification, tf.LlamaForCausalLM]
 # One class of each model type with its own stack of blocks.

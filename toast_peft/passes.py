@@ -23,7 +23,14 @@ import torch
 from torch import nn
 
 from .block_stack import BlockStack
-from .cache import TwoPassCache, refuse_two_pass_cache
+from .cache import (
+    CacheOwner,
+    TwoPassCache,
+    cache_argument,
+    cache_parameter,
+    refuse_paged_cache,
+    refuse_two_pass_cache,
+)
 from .config import TopDownConfig
 from .feedback import FeedbackPath, hidden_states_of
 from .value_projection import ValueColumns, ValueHooks
@@ -291,7 +298,7 @@ class BackboneForward(ReplacedForward):
         self.not_recorded = {name: False for name in recordings if takes_any or name in parameters}
         super().__init__(stack.backbone, state)
         self.blocks = stack.blocks
-        self.has_cache = stack.has_cache and "past_key_values" in parameters
+        self.cache_parameter = cache_parameter(parameters) if stack.has_cache else None
         self.block_forwards = block_forwards
         self.final_norm_name = stack.final_norm
         self.normalize_features = stack.normalize_features
@@ -310,7 +317,7 @@ class BackboneForward(ReplacedForward):
         outer, self.state.run = self.state.run, None
         try:
             if adapter_name is None:
-                refuse_two_pass_cache(kwargs.get("past_key_values"))
+                refuse_two_pass_cache(kwargs)
                 return self.original(**kwargs)
             return self._run_twice(adapter_name, kwargs)
         finally:
@@ -327,7 +334,7 @@ class BackboneForward(ReplacedForward):
         if self.module.training and config.variational_weight > 0:
             run.reconstruction = Reconstruction(self.path, adapter_name, padding_to_leave_out(config, kwargs))
         cache = self._cache(adapter_name, run, kwargs)
-        self._first_pass(run, kwargs if cache is None else kwargs | {"past_key_values": cache.first_pass})
+        self._first_pass(run, kwargs if cache is None else kwargs | cache.in_first_pass)
         if run.last_output is None:  # LayerDrop left out every block: there is nothing to start the feedback from
             run.repeat_lower_blocks = True
         else:
@@ -337,7 +344,7 @@ class BackboneForward(ReplacedForward):
         if cache is None:
             output = self.original(**kwargs)
         else:
-            output = cache.restore(self.original(**kwargs | {"past_key_values": cache.second_pass}))
+            output = cache.restore(self.original(**kwargs | cache.in_second_pass))
         if run.reconstruction is not None:  # added, as a model may call its backbone more than once
             self.state.variational_loss = run.reconstruction.loss(config, self.state.variational_loss)
         return output
@@ -357,21 +364,19 @@ class BackboneForward(ReplacedForward):
         return getattr(getattr(self.module, "config", None), name, None) if value is None else value
 
     def _cache(self, adapter_name: str, run: Run, kwargs: dict[str, Any]) -> TwoPassCache | None:
-        if kwargs.get("cache") is not None:  # both passes would write to the same pages
-            raise NotImplementedError(
-                "TOAST does not run in continuous batching (`generate_batch`), whose paged cache is made for one "
-                "pass. Use `generate`, or disable the adapter."
-            )
-        if not self.has_cache:
+        refuse_paged_cache(kwargs)
+        if self.cache_parameter is None:
             return None
-        cache = kwargs.get("past_key_values")
+        name = cache_argument(kwargs, self.cache_parameter)
+        cache = kwargs.get(name)
         if cache is None:
             checkpointing = self.module.training and getattr(self.module, "gradient_checkpointing", False)
             if checkpointing or not self._option("use_cache", kwargs):
                 return None
-        key = (adapter_name, run.feedback_from, run.feedback_to)
+        identity = self.path.selection.topdown_identity[adapter_name].id
+        owner = CacheOwner(adapter_name, identity, run.feedback_from, run.feedback_to)
         has_cross_attention = kwargs.get("encoder_hidden_states") is not None
-        return TwoPassCache(cache, self.module.config, len(self.blocks), key, has_cross_attention)
+        return TwoPassCache(cache, name, self.module.config, len(self.blocks), owner, has_cross_attention)
 
     def _first_pass(self, run: Run, kwargs: dict[str, Any]) -> None:
         self.state.run = run
