@@ -35,8 +35,8 @@ def cache_parameter(parameters: Mapping[str, inspect.Parameter]) -> str | None:
 
 def cache_argument(kwargs: dict[str, Any], parameter: str) -> str:
     """The name under which a forward got its cache; if it got none, the one that it can be given under."""
-    given = (name for name, value in kwargs.items() if isinstance(value, Cache))
-    return next(given, None) or next((name for name in _NAMES if name in kwargs), parameter)
+    given = [name for name, value in kwargs.items() if isinstance(value, Cache)]
+    return [*given, *(name for name in _NAMES if name in kwargs), parameter][0]
 
 
 def refuse_paged_cache(kwargs: dict[str, Any]) -> None:
@@ -74,12 +74,12 @@ class Passes:
 
     Args:
         owner: the adapter that the cache is for.
-        num_blocks: number of blocks of the model; the cache's further layers are those of pass 1.
+        num_layers: number of layers that the cache has for one pass; the further ones are those of pass 1.
         first_pass: what pass 1 sees of the cache.
     """
 
     owner: CacheOwner
-    num_blocks: int
+    num_layers: int
     first_pass: Cache
 
 
@@ -149,7 +149,7 @@ class TwoPassCache:
         passes = getattr(own, _ATTRIBUTE, None)
         if passes is None or passes.owner != owner:
             passes = _first_use(own, num_blocks, owner)
-        self.second_pass = self._with_cross_attention(_second_pass(own, num_blocks, owner.feedback_to))
+        self.second_pass = self._with_cross_attention(_second_pass(own, passes.num_layers, owner.feedback_to))
         self.in_first_pass = {name: self._with_cross_attention(passes.first_pass)}
         self.in_second_pass = {name: self.second_pass}
 
@@ -189,11 +189,11 @@ def _of_self_attention(cache: Any) -> Any:
     return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
 
 
-def _second_pass(cache: Cache, num_blocks: int, feedback_to: int) -> Cache:
+def _second_pass(cache: Cache, num_layers: int, feedback_to: int) -> Cache:
     # Pass 2 takes its positions and masks from the first layers, and must count from where pass 1 began. So it sees
     # the blocks below `feedback_to`, which it skips, as they are before pass 1 extends them.
     lower = [_snapshot(layer) for layer in cache.layers[:feedback_to]]
-    return _view(cache, lower + cache.layers[feedback_to:num_blocks])
+    return _view(cache, lower + cache.layers[feedback_to:num_layers])
 
 
 def _first_use(cache: Cache, num_blocks: int, owner: CacheOwner) -> Passes:
@@ -207,13 +207,14 @@ def _first_use(cache: Cache, num_blocks: int, owner: CacheOwner) -> Passes:
         )
     if passes is not None:  # a cache that was reset
         _forget_passes(cache, passes)
-    while len(cache.layers) < num_blocks:
-        # A cache made for a model that leaves before its last block (`assistant_early_exit`) has all layers it wants.
-        make = cache.layer_class_to_replicate
-        cache.layers.append(copy.deepcopy(cache.layers[-1]) if make is None else make())
+    # Otherwise it has all layers it wants: fewer than the blocks if the model leaves early (`assistant_early_exit`).
+    if cache.layer_class_to_replicate is not None:
+        while len(cache.layers) < num_blocks:
+            cache.layers.append(cache.layer_class_to_replicate())
+    num_layers = len(cache.layers)
     cache.layers.extend(copy.deepcopy(layer) for layer in cache.layers[owner.feedback_to : owner.feedback_from])
-    first_pass = _view(cache, cache.layers[: owner.feedback_to] + cache.layers[num_blocks:])
-    setattr(cache, _ATTRIBUTE, Passes(owner, num_blocks, first_pass))
+    first_pass = _view(cache, cache.layers[: owner.feedback_to] + cache.layers[num_layers:])
+    setattr(cache, _ATTRIBUTE, Passes(owner, num_layers, first_pass))
     cache.update = update_of_one_pass
     return getattr(cache, _ATTRIBUTE)
 
@@ -228,7 +229,7 @@ def _by_whom(passes: Passes | None, owner: CacheOwner) -> str:
 
 def _forget_passes(cache: Cache, passes: Passes) -> None:
     """Make a cache that two passes used the plain one that it was."""
-    del cache.layers[passes.num_blocks :]
+    del cache.layers[passes.num_layers :]
     delattr(cache, _ATTRIBUTE)
     del cache.update
 

@@ -353,7 +353,8 @@ class FeedbackPath(nn.Module):
         """The adapter whose feedback the next forward uses, `None` if there is none or it is disabled."""
         if self.selection.disable_adapters:
             return None
-        return next((name for name in self.selection.active_adapters if name in self.selection.topdown_config), None)
+        names = [name for name in self.selection.active_adapters if name in self.selection.topdown_config]
+        return names[0] if names else None
 
     def blocks_of(self, adapter_name: str) -> list[int]:
         """Indices of the blocks that receive feedback, from the top down."""
