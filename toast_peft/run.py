@@ -72,6 +72,14 @@ class Run:
 SINGLE_PASS = Run(0, 0, double_bias=False, repeat_lower_blocks=True, first_pass=False)
 
 
+class Slots:
+    """What `ThreadState` holds for one thread."""
+
+    def __init__(self) -> None:
+        self.run: Run | None = None
+        self.variational_loss: torch.Tensor | None = None
+
+
 class ThreadState(threading.local):
     """The running forward, each thread its own; copies start empty.
 
@@ -79,10 +87,26 @@ class ThreadState(threading.local):
     """
 
     def __init__(self) -> None:
-        # On the instance: a default of the class would appear there at the first forward, and a compiled forward
-        # would not recognise the state that it was traced with.
-        self.run: Run | None = None
-        self.variational_loss: torch.Tensor | None = None
+        # In an object of their own: torch.compile loses what is stored on a threading.local when a graph breaks.
+        self.slots = Slots()
+
+    @property
+    def run(self) -> Run | None:
+        """The state of the running forward."""
+        return self.slots.run
+
+    @run.setter
+    def run(self, run: Run | None) -> None:
+        self.slots.run = run
+
+    @property
+    def variational_loss(self) -> torch.Tensor | None:
+        """The variational loss that nobody has taken yet."""
+        return self.slots.variational_loss
+
+    @variational_loss.setter
+    def variational_loss(self, loss: torch.Tensor | None) -> None:
+        self.slots.variational_loss = loss
 
     def __deepcopy__(self, memo: dict) -> "ThreadState":
         return ThreadState()
