@@ -33,7 +33,7 @@ def cache_parameter(parameters: Mapping[str, inspect.Parameter]) -> str | None:
     return next(annotated, None) or next((name for name in _NAMES if name in parameters), None)
 
 
-def cache_argument(kwargs: dict[str, Any], parameter: str) -> str:
+def cache_argument(kwargs: dict[str, Any], parameter: str | None) -> str | None:
     """The name under which a forward got its cache; if it got none, the one that it can be given under."""
     given = [name for name, value in kwargs.items() if isinstance(value, Cache)]
     return [*given, *(name for name in _NAMES if name in kwargs), parameter][0]

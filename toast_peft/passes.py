@@ -161,7 +161,8 @@ class BackboneForward(ReplacedForward):
         super().__init__(stack.backbone, state)
         self.blocks = stack.blocks
         self.blocks_name = stack.blocks_name
-        self.cache_parameter = cache_parameter(parameters) if stack.has_cache else None
+        self.has_cache = stack.has_cache
+        self.cache_parameter = cache_parameter(parameters)
         self.block_forwards = block_forwards
         self.final_norm_name = stack.final_norm
         self.normalize_features = stack.normalize_features
@@ -229,9 +230,9 @@ class BackboneForward(ReplacedForward):
 
     def _cache(self, adapter_name: str, run: Run, kwargs: dict[str, Any]) -> TwoPassCache | None:
         refuse_paged_cache(kwargs)
-        if self.cache_parameter is None:
-            return None
         name = cache_argument(kwargs, self.cache_parameter)
+        if not self.has_cache or name is None:
+            return None
         cache = kwargs.get(name)
         if cache is None:
             checkpointing = self.module.training and getattr(self.module, "gradient_checkpointing", False)
