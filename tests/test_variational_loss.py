@@ -26,6 +26,7 @@ from .models import (
     loss_of,
     output_of,
     steered,
+    takes_adapters,
     tiny_model,
 )
 
@@ -198,7 +199,9 @@ def test_gradient_checkpointing(model_class: type, variant: str, use_reentrant: 
         torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-5, atol=1e-7, msg=name)
 
 
-@pytest.mark.parametrize("model_class", VIT_AND_LLAMA)
+@pytest.mark.parametrize(
+    "model_class", [tf.ViTForImageClassification, pytest.param(tf.LlamaForCausalLM, marks=takes_adapters)]
+)
 def test_injected_and_removed(model_class: type) -> None:
     base = tiny_model(model_class)
     if model_class is tf.LlamaForCausalLM:
