@@ -1,14 +1,16 @@
 """Tiny models of every supported type with random weights, and TOAST adapters on them whose effect is visible."""
 
+import inspect
 import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 import transformers as tf
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from toast_peft import TopDownConfig
@@ -90,6 +92,10 @@ _VALUE_PROJECTIONS = ("v_proj", ".value")
 # Neither a layer of the feedback path nor one of a segmentation decoder.
 _BLOCK = r"(^|(?<!path)(?<!stage)\.)layers?\.\d+$"
 DECODERS = [cls for cls in MODELS if cls.__name__.endswith("ForCausalLM")]
+# What transformers calls the argument and the output that is a cache; "past_key_values" before 5.24.
+CACHE = next(
+    name for name in ("cache", "past_key_values") if name in inspect.signature(tf.LlamaModel.forward).parameters
+)
 # One of each kind, for what does not depend on the model type.
 VIT_AND_LLAMA = [tf.ViTForImageClassification, tf.LlamaForCausalLM]
 # One class of each model type with its own stack of blocks.
@@ -120,6 +126,15 @@ def add_noise(*parameters: nn.Parameter) -> None:
     """Add normal noise, so that no norm is the identity, no bias zero and no effect too small to see."""
     for parameter in parameters:
         parameter.add_(0.2 * torch.randn(parameter.shape).to(parameter.dtype))
+
+
+def refusal_of_transformers() -> str:
+    """What transformers' own `add_adapter` says to a LoRA; empty if it takes one."""
+    try:
+        tiny_model(tf.LlamaForCausalLM).add_adapter(LoraConfig(target_modules=["v_proj"]))
+    except (ImportError, ValueError) as error:
+        return str(error)
+    return ""
 
 
 def adapted(model: nn.Module, **options: Any) -> PeftModel:
@@ -253,3 +268,8 @@ def counted_block_calls(model: nn.Module) -> Iterator[Counter]:
     yield calls
     for handle in handles:
         handle.remove()
+
+
+# For tests of transformers' `add_adapter` and `load_adapter`: some of its releases want a PEFT that is not out yet.
+_REFUSAL = refusal_of_transformers()
+takes_adapters = pytest.mark.skipif(_REFUSAL != "", reason=f"transformers refuses any adapter, LoRA alike: {_REFUSAL}")

@@ -16,6 +16,7 @@ from toast_peft.architectures import ARCHITECTURES
 
 from .further_models import FURTHER_MODELS
 from .models import (
+    CACHE,
     MODELS,
     RANGES,
     adapted,
@@ -315,7 +316,7 @@ def test_decoder_with_cross_attention_of_its_own(model_class: type, variant: str
     with torch.no_grad():
         whole = model(input_ids=ids, encoder_hidden_states=states, use_cache=False).logits
         first = model(input_ids=ids[:, :6], encoder_hidden_states=states)
-        cache = first.past_key_values
-        rest = model(input_ids=ids[:, 6:], encoder_hidden_states=states, past_key_values=cache).logits
+        cache = first[CACHE]
+        rest = model(input_ids=ids[:, 6:], encoder_hidden_states=states, **{CACHE: cache}).logits
     assert isinstance(cache, tf.EncoderDecoderCache) and all(cache.is_updated.values())
     torch.testing.assert_close(torch.cat([first.logits, rest], dim=1), whole, rtol=1e-4, atol=1e-4)

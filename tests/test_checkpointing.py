@@ -26,6 +26,7 @@ from .models import (
     tiny_model,
 )
 from .reference import reference_forward
+from .test_hierarchical import tiny_model as swin
 
 EMBEDDINGS = {tf.ViTForImageClassification: "vit.embeddings", tf.LlamaForCausalLM: "embed_tokens"}
 
@@ -297,6 +298,26 @@ def test_backward_after_something_else_ran(use_reentrant: bool, between: str) ->
             loss_of(model)
     loss.backward()
     assert_same_gradients(gradients(model), gradients(plain))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+@pytest.mark.parametrize("model_class", [tf.ViTForImageClassification, tf.SwinForImageClassification])
+def test_forward_without_adapter_and_backward_with_it(model_class: type, use_reentrant: bool) -> None:
+    """The forward was the base model's, so the backward is as well."""
+    found = []
+    for checkpointing in (False, True):
+        make = swin if model_class is tf.SwinForImageClassification else tiny_model
+        model = adapted(make(model_class), init_weights=False).train()
+        if checkpointing:
+            enable_checkpointing(model, use_reentrant)
+        size = model.config.image_size
+        images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        with model.disable_adapter():
+            loss = model(pixel_values=images).logits.square().sum()
+        loss.backward()
+        found.append(images.grad)
+    assert found[0].abs().max() > 0
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5 * found[0].abs().max().item())
 
 
 @pytest.mark.parametrize("switch", ["eval", "disable"])

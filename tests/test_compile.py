@@ -1,7 +1,9 @@
 """`torch.compile`: one graph for both passes, none but the first step compiles, same numbers."""
 
+import copy
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ import transformers as tf
 from peft import PeftModel
 from torch import nn
 
-from .models import VARIANTS, VIT_AND_LLAMA, gradients, inputs_of, output_of, steered, tiny_model
+from .models import VARIANTS, VIT_AND_LLAMA, adapted, gradients, inputs_of, output_of, steered, tiny_model
 
 pytestmark = pytest.mark.slow
 NUM_STEPS = 3
@@ -102,6 +104,90 @@ def test_gradient_checkpointing(model_class: type, use_reentrant: bool) -> None:
     assert max(gradient.abs().max() for gradient in expected.values()) > 1e-3
     for name, gradient in gradients(model).items():
         assert_close(gradient, expected[name])
+
+
+def as_people_call_it(model: PeftModel, how: str) -> Callable[..., Any]:
+    if how == "model.compile()":
+        model.compile(backend="aot_eager")
+        return model
+    return torch.compile(model, fullgraph=how == "fullgraph", backend="aot_eager")
+
+
+@pytest.mark.parametrize("eager_call_before", [False, True])
+@pytest.mark.parametrize("how", ["torch.compile", "fullgraph", "model.compile()"])
+@pytest.mark.parametrize("model_class", VIT_AND_LLAMA)
+def test_training_with_evaluation_in_between(model_class: type, how: str, eager_call_before: bool) -> None:
+    plain, model = (steered_model(model_class, r=4).train() for _ in range(2))
+    if eager_call_before:
+        model(**training_batch(model, 0))
+    run = as_people_call_it(model, how)
+    for step in range(2):
+        for forward, trained in ((plain, plain), (run, model)):
+            trained.train().zero_grad()
+            forward(**training_batch(trained, step)).loss.backward()
+        expected = gradients(plain)
+        for name, gradient in gradients(model).items():
+            assert_close(gradient, expected[name])
+        plain.eval(), model.eval()
+        with torch.no_grad():
+            found = run(**training_batch(model, step)).logits
+        assert_close(found, output_of(plain, training_batch(plain, step) | {"labels": None}))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+@pytest.mark.parametrize("model_class", VIT_AND_LLAMA)
+def test_gradient_checkpointing_as_people_switch_it_on(model_class: type, use_reentrant: bool) -> None:
+    """With the hook that PEFT adds and the warning that transformers gives, which break the graph."""
+    plain, model = (steered_model(model_class).train() for _ in range(2))
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    run = as_people_call_it(model, "torch.compile")
+    for step in range(2):
+        for forward, trained in ((plain, plain), (run, model)):
+            trained.zero_grad()
+            forward(**training_batch(trained, step)).loss.backward()
+        expected = gradients(plain)
+        assert max(gradient.abs().max() for gradient in expected.values()) > 1e-3
+        for name, gradient in gradients(model).items():
+            assert_close(gradient, expected[name])
+
+
+@pytest.mark.parametrize("variant", ["full", "late"])
+def test_dropout(variant: str) -> None:
+    """Pass 1 has none also when it is compiled, so a no-op is the base model with the same seed."""
+    rates = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+    base = tiny_model(tf.ViTForImageClassification, problem_type="single_label_classification", **rates).train()
+    model = adapted(copy.deepcopy(base), **VARIANTS[variant])
+    found, expected = (torch.compile(m, fullgraph=True, backend="aot_eager") for m in (model, base))
+    for step in range(2):
+        losses = []
+        for forward in (found, expected):
+            torch.manual_seed(step)
+            losses.append(forward(**training_batch(base, step)).loss)
+        assert_close(*losses)
+    assert all(module.training for module in model.modules())
+
+
+def test_trainer(tmp_path: Path) -> None:
+    """`TrainingArguments(torch_compile=True)`: training steps, and an evaluation after each epoch."""
+    results = []
+    for compiles in (False, True):
+        model = steered_model(tf.LlamaForCausalLM, task_type="CAUSAL_LM")
+        rows = [{"input_ids": ids, "labels": ids} for ids in inputs_of(model, batch_size=4)["input_ids"]]
+        arguments = tf.TrainingArguments(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=2,
+            num_train_epochs=2,
+            eval_strategy="epoch",
+            report_to=[],
+            use_cpu=True,
+            torch_compile=compiles,
+            torch_compile_backend="aot_eager" if compiles else None,
+        )
+        trainer = tf.Trainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows)
+        trainer.train()
+        results.append([log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log])
+    assert len(results[0]) == 2 and results[0][0] != results[0][1]
+    assert results[1] == pytest.approx(results[0], rel=1e-4)
 
 
 def test_disabling_the_adapter_compiles_the_base_model() -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from toast_peft import TopDownConfig
 from toast_peft.feedback import FeedbackLayer
 
-from .models import VIT_AND_LLAMA, adapted, inputs_of, output_of, steered, tiny_model
+from .models import VIT_AND_LLAMA, adapted, inputs_of, output_of, steered, takes_adapters, tiny_model
 
 
 def attributes_of(model: nn.Module) -> dict[str, set[str]]:
@@ -192,6 +192,7 @@ def test_adapter_of_another_base_model(differs: str, low_cpu_mem_usage: bool, sa
         PeftModel.from_pretrained(base, saved, low_cpu_mem_usage=low_cpu_mem_usage)
 
 
+@takes_adapters
 @pytest.mark.parametrize("differs", OTHER_BASES)
 def test_adapter_of_another_base_model_loaded_by_transformers(differs: str, saved: Path) -> None:
     model_class, options, message = OTHER_BASES[differs]

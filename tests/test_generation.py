@@ -11,17 +11,7 @@ import transformers as tf
 from peft import PeftModel
 from transformers import DynamicCache, StaticCache
 
-from .models import (
-    DECODERS,
-    RANGES,
-    VARIANTS,
-    adapted,
-    inputs_of,
-    move_adapter,
-    output_of,
-    steered,
-    tiny_model,
-)
+from .models import CACHE, DECODERS, RANGES, VARIANTS, adapted, inputs_of, move_adapter, output_of, steered, tiny_model
 
 DECODING = {
     "greedy": {},
@@ -77,7 +67,7 @@ def test_left_padding(model_class: type, variant: str) -> None:
         {"cache_implementation": "static"},
         {"cache_implementation": "dynamic"},
         {"prefill_chunk_size": 4},
-        {"past_key_values": DynamicCache},
+        {CACHE: DynamicCache},
     ],
     ids=str,
 )
@@ -112,8 +102,8 @@ def test_continues_a_returned_cache(model_class: type, variant: str, recorded: d
     cache, parts = None, []
     with torch.no_grad():
         for part in ids.split([6, 4, 1, 1], dim=1):
-            output = model(input_ids=part, past_key_values=cache, use_cache=True, **recorded)
-            cache = output.past_key_values
+            output = model(input_ids=part, **{CACHE: cache}, use_cache=True, **recorded)
+            cache = output[CACHE]
             parts.append(output.logits)
     assert cache.get_seq_length() == 12
     torch.testing.assert_close(torch.cat(parts, dim=1), expected, rtol=1e-4, atol=1e-4)
@@ -124,9 +114,9 @@ def test_continues_a_returned_cache(model_class: type, variant: str, recorded: d
 def test_tuple_output_holds_the_callers_cache(model_class: type, variant: str) -> None:
     model = steered(tiny_model(model_class), **RANGES[variant])
     cache = DynamicCache(config=model.config)
-    output = model(**inputs_of(model), past_key_values=cache, use_cache=True, return_dict=False)
+    output = model(**inputs_of(model), **{CACHE: cache}, use_cache=True, return_dict=False)
     assert output[1] is cache
-    assert model(**inputs_of(model), past_key_values=cache).past_key_values is cache
+    assert model(**inputs_of(model), **{CACHE: cache})[CACHE] is cache
 
 
 @pytest.mark.parametrize("variant", RANGES)
@@ -135,7 +125,7 @@ def test_generate_continues_a_returned_cache(model_class: type, variant: str) ->
     model = steered(tiny_model(model_class), task_type="CAUSAL_LM", **RANGES[variant])
     first = generate(model, max_new_tokens=4)
     so_far = {"input_ids": first.sequences, "attention_mask": torch.ones_like(first.sequences)}
-    continued = generate(model, **so_far, past_key_values=first.past_key_values, max_new_tokens=4)
+    continued = generate(model, **so_far, **{CACHE: first[CACHE]}, max_new_tokens=4)
     assert torch.equal(continued.sequences, generate(model, max_new_tokens=8, use_cache=False).sequences)
 
 
@@ -147,10 +137,10 @@ def test_copied_prefix_cache_is_reused(model_class: type, variant: str) -> None:
     ids = inputs_of(model, length=12)["input_ids"]
     expected = output_of(model, {"input_ids": ids, "use_cache": False})[:, 6:]
     with torch.no_grad():
-        prefix = model(input_ids=ids[:, :6], use_cache=True).past_key_values
+        prefix = model(input_ids=ids[:, :6], use_cache=True)[CACHE]
         for _ in range(2):
             cache = copy.deepcopy(prefix)
-            output = model(input_ids=ids[:, 6:], past_key_values=cache)
+            output = model(input_ids=ids[:, 6:], **{CACHE: cache})
             torch.testing.assert_close(output.logits, expected, rtol=1e-4, atol=1e-4)
             assert (prefix.get_seq_length(), cache.get_seq_length()) == (6, 12)
 
@@ -161,7 +151,7 @@ def test_static_cache_is_used_again_after_reset(variant: str) -> None:
     cache = StaticCache(config=model.config, max_cache_len=16)
     expected = output_of(model, inputs_of(model) | {"use_cache": False})
     for _ in range(2):
-        output = output_of(model, inputs_of(model) | {"past_key_values": cache})
+        output = output_of(model, inputs_of(model) | {CACHE: cache})
         torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
         cache.reset()
 
@@ -174,12 +164,12 @@ def test_reset_cache_serves_another_adapter_and_the_base_model(variant: str) -> 
     for name in ("default", "other", "default"):
         model.set_adapter(name)
         expected = output_of(model, inputs | {"use_cache": False})
-        output = output_of(model, inputs | {"past_key_values": cache})
+        output = output_of(model, inputs | {CACHE: cache})
         torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
         cache.reset()
     expected = output_of(tiny_model(tf.LlamaForCausalLM))
     with model.disable_adapter():
-        output = output_of(model, inputs | {"past_key_values": cache})
+        output = output_of(model, inputs | {CACHE: cache})
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -191,8 +181,8 @@ def test_caches_of_two_conversations_alternate() -> None:
     for column in range(8):
         for row in (0, 1):
             with torch.no_grad():
-                output = model(input_ids=ids[row : row + 1, column : column + 1], past_key_values=caches[row])
-            caches[row] = output.past_key_values
+                output = model(input_ids=ids[row : row + 1, column : column + 1], **{CACHE: caches[row]})
+            caches[row] = output[CACHE]
             torch.testing.assert_close(output.logits[0, 0], expected[row, column], rtol=1e-4, atol=1e-4)
 
 
@@ -203,7 +193,7 @@ def test_cache_is_freed_with_its_output(variant: str, training: bool) -> None:
     model = steered(tiny_model(tf.LlamaForCausalLM), **RANGES[variant]).train(training)
     gc.disable()
     try:
-        cache = weakref.ref(model(**inputs_of(model)).past_key_values)
+        cache = weakref.ref(model(**inputs_of(model))[CACHE])
         assert cache() is None
     finally:
         gc.enable()
@@ -214,7 +204,7 @@ def test_cache_is_freed_with_its_output(variant: str, training: bool) -> None:
 
 def step(model: PeftModel, cache: Any = None) -> Any:
     with torch.no_grad():
-        return model(**inputs_of(model), past_key_values=cache, use_cache=True).past_key_values
+        return model(**inputs_of(model), **{CACHE: cache}, use_cache=True)[CACHE]
 
 
 def two_adapters(model_class: type, other_range: dict[str, Any]) -> PeftModel:

@@ -25,6 +25,7 @@ from .models import (
     loss_of,
     output_of,
     steered,
+    takes_adapters,
     tiny_model,
 )
 
@@ -122,6 +123,7 @@ def test_unload_leaves_an_offloaded_base_model(model_class: type, tmp_path: Path
     assert is_offloaded(blocks_of(base)[-1])
 
 
+@takes_adapters
 @pytest.mark.parametrize("r", [0, 4])
 @pytest.mark.parametrize("model_class", VIT_AND_LLAMA)
 def test_from_pretrained_with_device_map(model_class: type, r: int, tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ from .models import (
     move_adapter,
     output_of,
     steered,
+    takes_adapters,
     tiny_model,
     trained_everywhere,
 )
@@ -262,6 +263,7 @@ def test_inject_adapter_in_model(model_class: type) -> None:
     assert_same(output_of(model), output_of(wrapped))
 
 
+@takes_adapters
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("model_class", VIT_AND_LLAMA)
 def test_adapters_of_transformers(model_class: type, variant: str, tmp_path: Path) -> None:
@@ -286,6 +288,7 @@ def test_adapters_of_transformers(model_class: type, variant: str, tmp_path: Pat
     assert torch.equal(output_of(base), expected)
 
 
+@takes_adapters
 @pytest.mark.parametrize("model_class", VIT_AND_LLAMA)
 def test_adapter_saved_by_peft_is_loaded_by_transformers(model_class: type, tmp_path: Path) -> None:
     base = tiny_model(model_class)

@@ -37,6 +37,29 @@ def test_adapter_disabled_by_another_thread_during_a_forward(model_class: type, 
     assert len(without) == 1 and torch.equal(without[0], base_output)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("model_class", VIT_AND_LLAMA)
+def test_adapter_enabled_by_another_thread_during_a_forward_without_it(model_class: type, checkpointing: bool) -> None:
+    base = tiny_model(model_class)
+    base_output = output_of(base)
+    model = steered(base)
+    expected = output_of(model)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+        model.train()
+
+    def enable(*_: object) -> None:
+        thread = threading.Thread(target=model.base_model.enable_adapter_layers)
+        thread.start()
+        thread.join(timeout=60)
+
+    model.base_model.disable_adapter_layers()
+    with blocks_of(model)[1].register_forward_hook(enable):
+        found = model(**inputs_of(model))[0]
+    torch.testing.assert_close(found, base_output)
+    torch.testing.assert_close(output_of(model.eval()), expected)
+
+
 @pytest.mark.parametrize("model_class", VIT_AND_LLAMA)
 def test_base_model_and_adapted_model_share_their_weights(model_class: type) -> None:
     """Two models on the same weights, one adapted, run at the same time without a switch."""

@@ -27,6 +27,7 @@ from .models import (
     loss_of,
     output_of,
     steered,
+    takes_adapters,
     tiny_model,
 )
 
@@ -199,7 +200,9 @@ def test_gradient_checkpointing(model_class: type, variant: str, use_reentrant: 
         assert_same(model.get_parameter(name).grad, gradient)
 
 
-@pytest.mark.parametrize("model_class", VIT_AND_LLAMA)
+@pytest.mark.parametrize(
+    "model_class", [tf.ViTForImageClassification, pytest.param(tf.LlamaForCausalLM, marks=takes_adapters)]
+)
 def test_injected_and_removed(model_class: type) -> None:
     base = tiny_model(model_class)
     if model_class is tf.LlamaForCausalLM:

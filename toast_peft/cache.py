@@ -10,15 +10,62 @@ states are the same in both passes and kept once.
 """
 
 import copy
+import inspect
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
+from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.utils import ModelOutput
 
 _ATTRIBUTE = "topdown_passes"
+# What transformers has called the argument that is a cache; the new name since 5.24.
+_NAMES = ("past_key_values", "cache")
+
+
+def cache_parameter(parameters: Mapping[str, inspect.Parameter]) -> str | None:
+    """The parameter of a forward that takes a cache, told by its annotation and else by its name."""
+    annotated = (name for name, parameter in parameters.items() if re.search(r"Cache\b", str(parameter.annotation)))
+    return next(annotated, None) or next((name for name in _NAMES if name in parameters), None)
+
+
+def cache_argument(kwargs: dict[str, Any], parameter: str | None) -> str | None:
+    """The name under which a forward got its cache; if it got none, the one that it can be given under."""
+    given = [name for name, value in kwargs.items() if isinstance(value, Cache)]
+    return [*given, *(name for name in _NAMES if name in kwargs), parameter][0]
+
+
+def refuse_paged_cache(kwargs: dict[str, Any]) -> None:
+    """Refuse continuous batching, where both passes would write to the same pages.
+
+    Raises:
+        NotImplementedError: if a paged cache is among the arguments of a forward.
+    """
+    if any(isinstance(value, PagedAttentionCache) for value in kwargs.values()):
+        raise NotImplementedError(
+            "TOAST does not run in continuous batching (`generate_batch`), whose paged cache is made for one pass. "
+            "Use `generate`, or disable the adapter."
+        )
+
+
+class CacheOwner(NamedTuple):
+    """Whom a cache is for.
+
+    Args:
+        adapter_name: the adapter, for messages.
+        identity: what tells it from others of that name: of another model, or deleted since.
+        feedback_from: of its blocks, pass 1 runs those below.
+        feedback_to: and both passes compute the same in those below this one.
+    """
+
+    adapter_name: str
+    identity: str
+    feedback_from: int
+    feedback_to: int
 
 
 @dataclass
@@ -26,33 +73,47 @@ class Passes:
     """Kept on a cache that two passes use. It does not refer back to the cache, which is freed with its last user.
 
     Args:
-        key: adapter name, `feedback_from` and `feedback_to` that the cache is for.
-        num_blocks: number of blocks of the model; the cache's further layers are those of pass 1.
+        owner: the adapter that the cache is for.
+        num_layers: number of layers that the cache has for one pass; the further ones are those of pass 1.
         first_pass: what pass 1 sees of the cache.
     """
 
-    key: tuple[str, int, int]
-    num_blocks: int
+    owner: CacheOwner
+    num_layers: int
     first_pass: Cache
 
 
-def refuse_two_pass_cache(cache: Cache | None) -> None:
+def refuse_two_pass_cache(kwargs: dict[str, Any]) -> None:
     """Refuse to continue a cache without the feedback it was filled with.
 
     Raises:
-        ValueError: if `cache` holds keys and values of a forward with feedback.
+        ValueError: if a cache among the arguments of a forward holds keys and values of a forward with feedback.
     """
-    cache = _of_self_attention(cache)
-    passes = getattr(cache, _ATTRIBUTE, None)
-    if passes is None:
-        return
-    if _length(cache) > 0:
-        raise ValueError(
-            f"This cache was filled with the TOAST adapter {passes.key[0]!r} active, but no adapter is active now. "
-            "Its keys and values do not fit the base model's; start with a new cache."
-        )
-    del cache.layers[passes.num_blocks :]
-    delattr(cache, _ATTRIBUTE)
+    for value in kwargs.values():
+        cache = _of_self_attention(value)
+        passes = getattr(cache, _ATTRIBUTE, None) if isinstance(cache, Cache) else None
+        if passes is None:
+            continue
+        if _length(cache) > 0:
+            raise ValueError(
+                f"This cache was filled with the TOAST adapter {passes.owner.adapter_name!r} active, but no adapter "
+                "is active now. Its keys and values do not fit the base model's; start with a new cache."
+            )
+        _forget_passes(cache, passes)
+
+
+def update_of_one_pass(*args: Any, **kwargs: Any) -> None:
+    """Stands in for `update` of a cache that two passes use, which see it through views.
+
+    So a model that does not run twice, as the base model after `unload()`, does not continue the cache.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(
+        "This cache was filled with a TOAST adapter active, and this model runs without it. The keys and values do "
+        "not fit; start with a new cache."
+    )
 
 
 class TwoPassCache:
@@ -60,14 +121,15 @@ class TwoPassCache:
 
     Args:
         cache: the caller's cache; a new one is made if `None`.
+        name: the argument of the backbone's forward that it is.
         model_config: the transformers config of the backbone.
         num_blocks: number of blocks of the model.
-        key: adapter name, `feedback_from` and `feedback_to`.
+        owner: the active adapter.
         has_cross_attention: whether the blocks attend to an encoder's states as well.
 
     Attributes:
-        first_pass: a `Cache` that pass 1 reads and writes.
-        second_pass: a `Cache` that pass 2 reads and writes.
+        in_first_pass: the argument with the `Cache` that pass 1 reads and writes.
+        in_second_pass: the argument with the `Cache` that pass 2 reads and writes.
 
     Raises:
         ValueError: if the cache was filled without feedback or with that of another adapter.
@@ -76,20 +138,20 @@ class TwoPassCache:
     def __init__(
         self,
         cache: Cache | None,
+        name: str,
         model_config: Any,
         num_blocks: int,
-        key: tuple[str, int, int],
+        owner: CacheOwner,
         has_cross_attention: bool = False,
     ) -> None:
         self.cache = _new_cache(model_config, has_cross_attention) if cache is None else cache
         own = _of_self_attention(self.cache)
         passes = getattr(own, _ATTRIBUTE, None)
-        if passes is None or passes.key != key:
-            passes = _first_use(own, num_blocks, key)
-        self.first_pass = self._with_cross_attention(passes.first_pass)
-        self.second_pass = self.cache
-        if key[2] > 0:
-            self.second_pass = self._with_cross_attention(_second_pass(own, num_blocks, feedback_to=key[2]))
+        if passes is None or passes.owner != owner:
+            passes = _first_use(own, num_blocks, owner)
+        self.second_pass = self._with_cross_attention(_second_pass(own, passes.num_layers, owner.feedback_to))
+        self.in_first_pass = {name: self._with_cross_attention(passes.first_pass)}
+        self.in_second_pass = {name: self.second_pass}
 
     def _with_cross_attention(self, view: Cache) -> Cache:
         if not isinstance(self.cache, EncoderDecoderCache):
@@ -100,12 +162,19 @@ class TwoPassCache:
 
     def restore(self, output: Any) -> Any:
         """The output of pass 2 with the caller's cache in place of what pass 2 saw of it."""
-        if self.second_pass is self.cache:
-            return output
-        if isinstance(output, ModelOutput):
-            output.past_key_values = self.cache
-            return output
-        return tuple(self.cache if item is self.second_pass else item for item in output)
+        if not isinstance(output, ModelOutput):
+            return tuple(self._callers(item) for item in output)
+        for name, item in list(output.items()):
+            if isinstance(item, Cache):
+                output[name] = self._callers(item)
+        return output
+
+    def _callers(self, item: Any) -> Any:
+        if item is self.second_pass:
+            return self.cache
+        if isinstance(item, EncoderDecoderCache) and item.self_attention_cache is self.second_pass:
+            item.self_attention_cache = self.cache  # the model has added a cache for its cross-attention
+        return item
 
 
 def _new_cache(model_config: Any, has_cross_attention: bool) -> Cache:
@@ -116,34 +185,53 @@ def _new_cache(model_config: Any, has_cross_attention: bool) -> Cache:
     return EncoderDecoderCache(cache, DynamicCache(config=model_config))
 
 
-def _of_self_attention(cache: Cache | None) -> Cache | None:
+def _of_self_attention(cache: Any) -> Any:
     return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
 
 
-def _second_pass(cache: Cache, num_blocks: int, feedback_to: int) -> Cache:
+def _second_pass(cache: Cache, num_layers: int, feedback_to: int) -> Cache:
     # Pass 2 takes its positions and masks from the first layers, and must count from where pass 1 began. So it sees
     # the blocks below `feedback_to`, which it skips, as they are before pass 1 extends them.
     lower = [_snapshot(layer) for layer in cache.layers[:feedback_to]]
-    return _view(cache, lower + cache.layers[feedback_to:num_blocks])
+    return _view(cache, lower + cache.layers[feedback_to:num_layers])
 
 
-def _first_use(cache: Cache, num_blocks: int, key: tuple[str, int, int]) -> Passes:
+def _first_use(cache: Cache, num_blocks: int, owner: CacheOwner) -> Passes:
     """Prepare an empty cache for two passes."""
+    passes = getattr(cache, _ATTRIBUTE, None)
     if _length(cache) > 0:
-        passes = getattr(cache, _ATTRIBUTE, None)
-        filled = "without feedback" if passes is None else f"by the TOAST adapter {passes.key[0]!r}"
         raise ValueError(
-            f"This cache was filled {filled}; its keys and values do not fit the adapter {key[0]!r} with feedback "
-            f"from block {key[1]} to {key[2]}. Start with a new cache."
+            f"This cache was filled {_by_whom(passes, owner)}; its keys and values do not fit the adapter "
+            f"{owner.adapter_name!r} with feedback from block {owner.feedback_from} to {owner.feedback_to}. Start "
+            "with a new cache."
         )
-    refuse_two_pass_cache(cache)  # forgets what a cache that was reset was prepared for
-    while len(cache.layers) < num_blocks:
-        cache.layers.append(cache.layer_class_to_replicate())
-    _, feedback_from, feedback_to = key
-    cache.layers.extend(copy.deepcopy(layer) for layer in cache.layers[feedback_to:feedback_from])
-    first_pass = _view(cache, cache.layers[:feedback_to] + cache.layers[num_blocks:])
-    setattr(cache, _ATTRIBUTE, Passes(key, num_blocks, first_pass))
+    if passes is not None:  # a cache that was reset
+        _forget_passes(cache, passes)
+    # Otherwise it has all layers it wants: fewer than the blocks if the model leaves early (`assistant_early_exit`).
+    if cache.layer_class_to_replicate is not None:
+        while len(cache.layers) < num_blocks:
+            cache.layers.append(cache.layer_class_to_replicate())
+    num_layers = len(cache.layers)
+    cache.layers.extend(copy.deepcopy(layer) for layer in cache.layers[owner.feedback_to : owner.feedback_from])
+    first_pass = _view(cache, cache.layers[: owner.feedback_to] + cache.layers[num_layers:])
+    setattr(cache, _ATTRIBUTE, Passes(owner, num_layers, first_pass))
+    cache.update = update_of_one_pass
     return getattr(cache, _ATTRIBUTE)
+
+
+def _by_whom(passes: Passes | None, owner: CacheOwner) -> str:
+    if passes is None:
+        return "without feedback"
+    by = f"by the TOAST adapter {passes.owner.adapter_name!r}"
+    same_name = passes.owner.adapter_name == owner.adapter_name
+    return f"{by} of another model, or before it was deleted and added again" if same_name else by
+
+
+def _forget_passes(cache: Cache, passes: Passes) -> None:
+    """Make a cache that two passes used the plain one that it was."""
+    del cache.layers[passes.num_layers :]
+    delattr(cache, _ATTRIBUTE)
+    del cache.update
 
 
 def _length(cache: Cache) -> int:
@@ -152,7 +240,8 @@ def _length(cache: Cache) -> int:
 
 def _view(cache: Cache, layers: list[CacheLayerMixin]) -> Cache:
     view = copy.copy(cache)
-    view.__dict__.pop(_ATTRIBUTE, None)
+    for name in (_ATTRIBUTE, "update"):
+        view.__dict__.pop(name, None)
     view.layers = layers
     return view
 

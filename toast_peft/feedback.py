@@ -18,6 +18,7 @@ Notation used for tensor shapes:
 
 import math
 import re
+import uuid
 from typing import Any, ClassVar
 
 import torch
@@ -114,6 +115,16 @@ def _merge_nothing(safe_merge: bool = False, adapter_names: list[str] | None = N
     """For another method, which calls this as well when it merges its own. TOAST's tuner refuses to merge."""
 
 
+class AdapterIdentity:
+    """Tells an adapter of one model from any other, also of the same name; one of a copied model has its own."""
+
+    def __init__(self) -> None:
+        self.id = uuid.uuid4().hex
+
+    def __deepcopy__(self, memo: dict) -> "AdapterIdentity":
+        return AdapterIdentity()
+
+
 class Prompt(nn.Module):
     """The task prompt: weighs each token by its similarity to a learned vector.
 
@@ -167,7 +178,7 @@ class FeatureSelection(TopDownLayer):
     """
 
     adapter_layer_names = ("topdown_prompt", "topdown_transform")
-    other_param_names = ("topdown_config",)
+    other_param_names = ("topdown_config", "topdown_identity")
     parts: ClassVar = {"prompt": "prompt", "transform": "transform"}
 
     def __init__(self, value_projection: nn.Module) -> None:
@@ -175,10 +186,12 @@ class FeatureSelection(TopDownLayer):
         self.topdown_prompt = nn.ModuleDict()
         self.topdown_transform = nn.ModuleDict()
         self.topdown_config: dict[str, TopDownConfig] = {}
+        self.topdown_identity: dict[str, AdapterIdentity] = {}
 
     def update_layer(self, adapter_name: str, config: TopDownConfig, hidden_size: int) -> None:
         """Create the prompt and the transform of an adapter, for features of `hidden_size` channels."""
         self.topdown_config[adapter_name] = config
+        self.topdown_identity[adapter_name] = AdapterIdentity()
         self.topdown_prompt[adapter_name] = Prompt(hidden_size, std=0.02 if config.init_weights else 1.0)
         self.topdown_transform[adapter_name] = Transform(hidden_size)
         self._finish_update(adapter_name, config)
@@ -373,7 +386,8 @@ class FeedbackPath(nn.Module):
         """The adapter whose feedback the next forward uses, `None` if there is none or it is disabled."""
         if self.selection.disable_adapters:
             return None
-        return next((name for name in self.selection.active_adapters if name in self.selection.topdown_config), None)
+        names = [name for name in self.selection.active_adapters if name in self.selection.topdown_config]
+        return names[0] if names else None
 
     def blocks_of(self, adapter_name: str) -> list[int]:
         """Indices of the blocks that receive feedback, from the top down."""

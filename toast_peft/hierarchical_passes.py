@@ -12,19 +12,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .checkpointing import CheckpointWithFeedback, unwrap_checkpoint, wrap_checkpoint
 from .config import TopDownConfig
 from .hierarchical_feedback import HierarchicalFeedbackPath
 from .hierarchical_stack import HierarchicalStack
-from .passes import (
-    BackboneForward,
-    BlockForward,
-    CheckpointWithFeedback,
-    Run,
-    ThreadState,
-    TwoPasses,
-    unwrap_checkpoint,
-    wrap_checkpoint,
-)
+from .passes import BackboneForward, BlockForward, TwoPasses
+from .run import Run, ThreadState
 from .value_projection import ValueColumns, ValueHooks
 
 

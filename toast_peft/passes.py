@@ -5,111 +5,37 @@
 
 The backbone's own forward is called for both passes, so masks, position embeddings and whatever else the model does
 around its blocks stay its own. In pass 1 the blocks from `feedback_from` on hand their input through; in pass 2 the
-blocks below `feedback_to` return what pass 1 computed, which is the same.
+blocks below `feedback_to` return what pass 1 computed, which is the same. Pass 1 runs without dropout (`dropout.py`); if
+there is any, these blocks run again in pass 2.
 
 The backbone and its blocks get another `forward`, the value projections hooks. Python state says which pass is
 running; it is kept per thread and restored when a forward ends, however it ends.
 """
 
-import functools
 import inspect
-import threading
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from .block_stack import BlockStack
-from .cache import TwoPassCache, refuse_two_pass_cache
+from .cache import (
+    CacheOwner,
+    TwoPassCache,
+    cache_argument,
+    cache_parameter,
+    refuse_paged_cache,
+    refuse_two_pass_cache,
+)
+from .checkpointing import CheckpointWithFeedback, unwrap_checkpoint, wrap_checkpoint
 from .config import TopDownConfig
-from .feedback import FeedbackPath, hidden_states_of
+from .dropout import has_dropout, pass_without_dropout
+from .feedback import FeedbackPath
+from .run import SINGLE_PASS, Run, ThreadState
 from .value_projection import ValueColumns, ValueHooks
 from .variational_loss import LossHook, Reconstruction, padding_to_leave_out
-
-
-@dataclass
-class Run:
-    """State of one forward of the backbone.
-
-    Args:
-        feedback_from: blocks from here on are skipped in pass 1.
-        feedback_to: blocks below are skipped in pass 2, unless `repeat_lower_blocks`.
-        double_bias: whether the bias of a value projection is added once more (official ViT).
-        repeat_lower_blocks: run the blocks below `feedback_to` in pass 2 as well, so that something recorded inside of
-            them (attentions) is there.
-        first_pass: which pass is running.
-        outputs: what the blocks below `feedback_to` returned in pass 1.
-        last_output: what the last block that ran in pass 1 returned.
-        feedback: for each block index what its value projection adds in pass 2.
-        reconstruction: compares inputs of blocks with what `linear1` makes of their outputs, if that is wanted.
-        input_sizes: where feedback is a map, for each block or stage the height and width of its input.
-        inputs: in a ConvNet, for each stage its input in pass 2, without the feedback.
-    """
-
-    feedback_from: int
-    feedback_to: int
-    double_bias: bool
-    repeat_lower_blocks: bool
-    first_pass: bool = True
-    outputs: dict[int, Any] = field(default_factory=dict)
-    last_output: Any = None
-    feedback: dict[int, torch.Tensor] = field(default_factory=dict)
-    reconstruction: Reconstruction | None = None
-    input_sizes: dict[int, tuple[int, int]] = field(default_factory=dict)
-    inputs: dict[int, torch.Tensor] = field(default_factory=dict)
-
-    @property
-    def features(self) -> torch.Tensor:
-        """Hidden states after block `feedback_from - 1`. Shape: [b, n, d]"""
-        return hidden_states_of(self.last_output)
-
-    def keep(self, index: int, output: Any) -> None:
-        """Keep what pass 2 or the feedback path needs of what a block computed in pass 1."""
-        self.last_output = output
-        if max(index, 0) < self.feedback_to:  # the stem of a ConvNet, -1, belongs to its stage 0
-            self.outputs[index] = output
-
-    def kept(self, index: int, hidden_states: torch.Tensor) -> Any:
-        """What a block that pass 2 skips returned in pass 1; its input, if the model left it out there (LayerDrop)."""
-        if index in self.outputs:
-            return self.outputs[index]
-        return self.in_form_of_blocks(hidden_states)
-
-    def part(self, indices: Iterable[int]) -> "Run":
-        """What some blocks need to run again, without the tensors of the others."""
-        indices = list(indices)
-        kept, feedback = ({i: values[i] for i in indices if i in values} for values in (self.outputs, self.feedback))
-        return replace(self, outputs=kept, feedback=feedback, reconstruction=None, inputs={})
-
-    def in_form_of_blocks(self, hidden_states: torch.Tensor) -> Any:
-        """Hidden states as a block of this model returns them."""
-        return (hidden_states, *self.last_output[1:]) if isinstance(self.last_output, tuple) else hidden_states
-
-
-# A forward without feedback, as a checkpointed block of it runs again.
-SINGLE_PASS = Run(0, 0, double_bias=False, repeat_lower_blocks=True, first_pass=False)
-
-
-class ThreadState(threading.local):
-    """The running forward, each thread its own; copies start empty.
-
-    `variational_loss` is that of the last forward in training, until it is added to a loss.
-    """
-
-    def __init__(self) -> None:
-        # On the instance: a default of the class would appear there at the first forward, and a compiled forward
-        # would not recognise the state that it was traced with.
-        self.run: Run | None = None
-        self.variational_loss: torch.Tensor | None = None
-
-    def __deepcopy__(self, memo: dict) -> "ThreadState":
-        return ThreadState()
-
-    def __reduce__(self) -> tuple:
-        return ThreadState, ()
 
 
 class ReplacedForward:
@@ -152,68 +78,6 @@ class ReplacedForward:
                     attributes[name] = type(self.module).forward.__get__(self.module)
 
 
-class CheckpointWithFeedback:
-    """A gradient checkpointing function that hands the feedback to the checkpointed call as tensor arguments.
-
-    The blocks run again in the backward pass, when the forward is over and perhaps another one has begun. As an
-    argument the feedback is there again, and it gets its gradient also from reentrant checkpointing.
-
-    Args:
-        checkpoint: the function that transformers has set.
-        state: has the running forward.
-        blocks: the block that a checkpointed call runs, or all of a stage where the model checkpoints stages.
-    """
-
-    def __init__(self, checkpoint: Callable, state: ThreadState, *blocks: "BlockForward") -> None:
-        self.checkpoint = checkpoint
-        self.state = state
-        self.blocks = blocks
-
-    def __call__(self, function: Callable, *args: Any) -> Any:
-        run = self.state.run
-        if not torch.is_grad_enabled():  # pass 1 of a frozen model: nothing to recompute
-            return function(*args)
-        if run is not None and all(block.is_skipped(run) for block in self.blocks):
-            return function(*args)
-        if torch.compiler.is_compiling():  # the function is traced once and not run again; it may not change the state
-            output = self.checkpoint(function, *args)
-        else:
-            again = SINGLE_PASS if run is None else run.part(block.index for block in self.blocks)
-            call = functools.partial(self.run, function, again)
-            output = self.checkpoint(call, *again.feedback.values(), *args)
-        if run is not None:
-            self.note(run, args[0], output)
-        return output
-
-    def note(self, run: Run, hidden_states: torch.Tensor, output: Any) -> None:
-        """Note the output with its graph, which the inside of a reentrant checkpoint has not."""
-        [block] = self.blocks
-        block.note(run, hidden_states, output)
-
-    def run(self, function: Callable, run: Run, *args: Any) -> Any:
-        """The checkpointed call, in the forward and again in the backward pass, where it may be another thread."""
-        feedback = dict(zip(run.feedback, args, strict=False))
-        previous, self.state.run = self.state.run, replace(run, feedback=feedback)
-        try:
-            return function(*args[len(feedback) :])
-        finally:
-            self.state.run = previous
-
-
-def wrap_checkpoint(module: nn.Module, wrapper: type, state: ThreadState, *blocks: "BlockForward") -> None:
-    """Put a `wrapper` around the module's gradient checkpointing function, if it has one."""
-    checkpoint = getattr(module, "_gradient_checkpointing_func", None)
-    if checkpoint is not None and not isinstance(checkpoint, wrapper):
-        module._gradient_checkpointing_func = wrapper(checkpoint, state, *blocks)
-
-
-def unwrap_checkpoint(module: nn.Module) -> None:
-    """Put back what `wrap_checkpoint` has wrapped."""
-    checkpoint = getattr(module, "_gradient_checkpointing_func", None)
-    if isinstance(checkpoint, CheckpointWithFeedback):
-        module._gradient_checkpointing_func = checkpoint.checkpoint
-
-
 class BlockForward(ReplacedForward):
     """Forward of a block: skips it where a pass does not need it, and gives it its feedback in pass 2."""
 
@@ -230,13 +94,13 @@ class BlockForward(ReplacedForward):
         if run.first_pass:
             return self._first_pass(run, *args, **kwargs)
         if self.is_skipped(run):
-            return run.kept(self.index, *args[:1])
+            return run.outputs[self.index]
         return self._second_pass(run, *args, **kwargs)
 
     def is_skipped(self, run: Run) -> bool:
         """Whether the running pass does not need this block."""
         if run.first_pass:
-            return self.index >= run.feedback_from and run.last_output is not None  # unless LayerDrop left out all
+            return self.index >= run.feedback_from
         return self.index < run.feedback_to and not run.repeat_lower_blocks
 
     def _check_that_no_feedback_is_missing(self) -> None:
@@ -257,6 +121,12 @@ class BlockForward(ReplacedForward):
 
     def _second_pass(self, run: Run, *args: Any, **kwargs: Any) -> Any:
         output = self.original(*args, **kwargs)
+        if self.index in run.feedback and self.index not in run.steered:
+            raise NotImplementedError(
+                f"Block {self.index}, a {type(self.module).__name__}, does not call the value projection that its "
+                "feedback goes to, so the adapter would have no effect. TOAST does not support a model that uses "
+                "the weight of this layer in another way; name another layer with `target_modules`."
+            )
         self.reconstruct(run, args[0] if args else kwargs["hidden_states"], output)
         return output
 
@@ -291,7 +161,9 @@ class BackboneForward(ReplacedForward):
         self.not_recorded = {name: False for name in recordings if takes_any or name in parameters}
         super().__init__(stack.backbone, state)
         self.blocks = stack.blocks
-        self.has_cache = stack.has_cache and "past_key_values" in parameters
+        self.blocks_name = stack.blocks_name
+        self.has_cache = stack.has_cache
+        self.cache_parameter = cache_parameter(parameters)
         self.block_forwards = block_forwards
         self.final_norm_name = stack.final_norm
         self.normalize_features = stack.normalize_features
@@ -303,14 +175,15 @@ class BackboneForward(ReplacedForward):
         return None if self.final_norm_name is None else self.module.get_submodule(self.final_norm_name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        kwargs = dict(zip(self.argument_names, args, strict=False)) | kwargs
+        kwargs = {**{self.argument_names[i]: value for i, value in enumerate(args)}, **kwargs}
         adapter_name = self.path.active_adapter
         self.wrap_checkpoints()
-        # Also without an adapter: this forward may be called from inside of a pass 2 of the same backbone.
-        outer, self.state.run = self.state.run, None
+        # Also without an adapter: this forward may be called from inside of a pass 2 of the same backbone, and it ends
+        # as it began when another thread switches the adapter on.
+        outer, self.state.run = self.state.run, SINGLE_PASS
         try:
             if adapter_name is None:
-                refuse_two_pass_cache(kwargs.get("past_key_values"))
+                refuse_two_pass_cache(kwargs)
                 return self.original(**kwargs)
             return self._run_twice(adapter_name, kwargs)
         finally:
@@ -327,17 +200,14 @@ class BackboneForward(ReplacedForward):
         if self.module.training and config.variational_weight > 0:
             run.reconstruction = Reconstruction(self.path, adapter_name, padding_to_leave_out(config, kwargs))
         cache = self._cache(adapter_name, run, kwargs)
-        self._first_pass(run, kwargs if cache is None else kwargs | {"past_key_values": cache.first_pass})
-        if run.last_output is None:  # LayerDrop left out every block: there is nothing to start the feedback from
-            run.repeat_lower_blocks = True
-        else:
-            run.feedback = self._feedback(run, config, adapter_name)
+        self._first_pass(run, kwargs if cache is None else {**kwargs, **cache.in_first_pass})
+        run.feedback = self._feedback(run, config, adapter_name)
         run.first_pass = False
         self.state.run = run
         if cache is None:
             output = self.original(**kwargs)
         else:
-            output = cache.restore(self.original(**kwargs | {"past_key_values": cache.second_pass}))
+            output = cache.restore(self.original(**{**kwargs, **cache.in_second_pass}))
         if run.reconstruction is not None:  # added, as a model may call its backbone more than once
             self.state.variational_loss = run.reconstruction.loss(config, self.state.variational_loss)
         return output
@@ -345,11 +215,14 @@ class BackboneForward(ReplacedForward):
     def _new_run(self, config: TopDownConfig, kwargs: dict[str, Any]) -> Run:
         feedback_from, feedback_to = config.feedback_range(len(self.blocks))
         recorded = ("output_attentions", "output_router_logits")
+        is_random = has_dropout(self.module)
         return Run(
             feedback_from,
             feedback_to,
             config.double_value_bias,
-            repeat_lower_blocks=any(self._option(name, kwargs) for name in recorded),
+            # What pass 1 has computed without dropout is not what they compute in pass 2.
+            repeat_lower_blocks=is_random or any(self._option(name, kwargs) for name in recorded),
+            without_dropout=is_random,
         )
 
     def _option(self, name: str, kwargs: dict[str, Any]) -> Any:
@@ -357,27 +230,34 @@ class BackboneForward(ReplacedForward):
         return getattr(getattr(self.module, "config", None), name, None) if value is None else value
 
     def _cache(self, adapter_name: str, run: Run, kwargs: dict[str, Any]) -> TwoPassCache | None:
-        if kwargs.get("cache") is not None:  # both passes would write to the same pages
-            raise NotImplementedError(
-                "TOAST does not run in continuous batching (`generate_batch`), whose paged cache is made for one "
-                "pass. Use `generate`, or disable the adapter."
-            )
-        if not self.has_cache:
+        refuse_paged_cache(kwargs)
+        name = cache_argument(kwargs, self.cache_parameter)
+        if not self.has_cache or name is None:
             return None
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(name)
         if cache is None:
             checkpointing = self.module.training and getattr(self.module, "gradient_checkpointing", False)
             if checkpointing or not self._option("use_cache", kwargs):
                 return None
-        key = (adapter_name, run.feedback_from, run.feedback_to)
+        identity = self.path.selection.topdown_identity[adapter_name].id
+        owner = CacheOwner(adapter_name, identity, run.feedback_from, run.feedback_to)
         has_cross_attention = kwargs.get("encoder_hidden_states") is not None
-        return TwoPassCache(cache, self.module.config, len(self.blocks), key, has_cross_attention)
+        return TwoPassCache(cache, name, self.module.config, len(self.blocks), owner, has_cross_attention)
 
     def _first_pass(self, run: Run, kwargs: dict[str, Any]) -> None:
         self.state.run = run
         needs_graph = torch.is_grad_enabled() and self._first_pass_is_trained(run, kwargs)
-        with nullcontext() if needs_graph else torch.no_grad():
-            self.original(**kwargs | self.not_recorded)
+        with nullcontext() if needs_graph else torch.no_grad(), self._without_dropout(run, needs_graph):
+            self.original(**{**kwargs, **self.not_recorded})
+        if run.last_output is None:
+            raise NotImplementedError(
+                f"No block of {self.blocks_name!r} was called by the forward of {type(self.module).__name__}, so the "
+                "adapter would have no effect. Name the value projections of the blocks that it does call with "
+                "`target_modules`; if these are they, TOAST does not support this model."
+            )
+
+    def _without_dropout(self, run: Run, needs_graph: bool) -> AbstractContextManager[None]:
+        return pass_without_dropout(self.module, needs_graph) if run.without_dropout else nullcontext()
 
     def _first_pass_is_trained(self, run: Run, kwargs: dict[str, Any]) -> bool:
         """Whether the features of pass 1 depend on something that wants a gradient."""

@@ -20,7 +20,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .config import TopDownConfig
 from .convolutional_feedback import ConvolutionalFeedbackPath
-from .passes import BackboneForward, BlockForward, Run, ThreadState, TwoPasses
+from .dropout import has_dropout
+from .passes import BackboneForward, BlockForward, TwoPasses
+from .run import Run, ThreadState
 from .stage_stack import StageStack
 from .value_projection import ValueColumns
 
@@ -36,8 +38,10 @@ class StageForward(BlockForward):
         self.receives_feedback = index != 0  # that of stage 0 has been added to the image
 
     def is_skipped(self, run: Run) -> bool:
-        """Whether the running pass does not need this stage. Nothing is recorded inside of one."""
-        return self.node >= run.feedback_from if run.first_pass else self.node < run.feedback_to
+        """Whether the running pass does not need this stage."""
+        if run.first_pass:
+            return self.node >= run.feedback_from
+        return self.node < run.feedback_to and not run.repeat_lower_blocks
 
     def _first_pass(self, run: Run, hidden_states: torch.Tensor) -> torch.Tensor:
         node = self.path.nodes[self.node]
@@ -47,7 +51,7 @@ class StageForward(BlockForward):
         if self.receives_feedback:
             self._check_channels(hidden_states, node.in_channels)
             run.input_sizes[self.node] = tuple(hidden_states.shape[-2:])
-        runs_again = self.node >= run.feedback_to
+        runs_again = self.node >= run.feedback_to or run.repeat_lower_blocks
         with running_statistics_kept(self.module) if runs_again else nullcontext():
             output = self.original(hidden_states)
         run.keep(self.index, output)
@@ -99,7 +103,8 @@ class ConvolutionalBackboneForward(BackboneForward):
         return self.path(features, adapter_name, compared, run.input_sizes)
 
     def _new_run(self, config: TopDownConfig, kwargs: dict[str, Any]) -> Run:
-        return Run(*config.feedback_range(len(self.blocks)), double_bias=False, repeat_lower_blocks=False)
+        is_random = has_dropout(self.module)  # nothing is recorded inside of a stage
+        return Run(*config.feedback_range(len(self.blocks)), False, is_random, is_random)
 
 
 class TwoPassesOverStages(TwoPasses):

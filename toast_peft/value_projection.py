@@ -89,7 +89,9 @@ class ValueHooks:
         return None if run is None else run.feedback.get(self.index)
 
     def _steered(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        td = self._td()
+        td, run = self._td(), self.state.run
+        if self.index not in run.steered:
+            run.steered.append(self.index)
         td = td if self.arrange is None else self.arrange(td, hidden_states)
         return hidden_states + td.to(device=hidden_states.device, dtype=hidden_states.dtype)
 

@@ -1,0 +1,135 @@
+"""What TOAST relies on in transformers and in a model is there, or it says so in a sentence."""
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from torch import nn
+from transformers import cache_utils
+from transformers.generation import continuous_batching
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from toast_peft.cache import cache_parameter
+
+from .models import VOCAB_SIZE, adapted, tiny_model
+
+# ------------------------------------------------------------------------------------- a block list that is not called
+
+
+def test_blocks_that_the_model_does_not_call_are_an_error() -> None:
+    """The items of PVT's outermost list are lists themselves, which its forward goes through."""
+    torch.manual_seed(0)
+    config = tf.PvtConfig(
+        image_size=32,
+        num_encoder_blocks=2,
+        depths=[1, 1],
+        sequence_reduction_ratios=[2, 1],
+        hidden_sizes=[8, 8],
+        patch_sizes=[4, 2],
+        strides=[4, 2],
+        num_attention_heads=[1, 2],
+        mlp_ratios=[2, 2],
+    )
+    model = tf.PvtModel(config).eval()
+    images = torch.randn(1, 3, 32, 32)
+    expected = model(images)[0]
+    model = adapted(model, target_modules=r"encoder\.block\..*attention\.self\.value")
+    with pytest.raises(NotImplementedError, match=r"No block of 'encoder\.block' was called by the forward of Pvt"):
+        model(pixel_values=images)
+    with model.disable_adapter():
+        torch.testing.assert_close(model(pixel_values=images)[0], expected)
+
+
+def test_value_projection_that_its_block_does_not_call_is_an_error() -> None:
+    """WavLM hands the weights of its projections to a function."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    convolutions = {"conv_dim": [8], "conv_stride": [4], "conv_kernel": [4], "num_feat_extract_layers": 1}
+    positions = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+    torch.manual_seed(0)
+    model = tf.WavLMModel(tf.WavLMConfig(**sizes, **convolutions, **positions)).eval()
+    model = adapted(model, target_modules=["v_proj"])
+    with pytest.raises(NotImplementedError, match="Block 0, a WavLMEncoderLayer, does not call the value projection"):
+        model(input_values=torch.randn(1, 80))
+
+
+# ----------------------------------------------------------------------------------------------- names of transformers
+
+# Of each the attributes that TOAST reads or calls.
+NAMES: list[tuple[Any, tuple[str, ...]]] = [
+    (tf.Cache, ("get_seq_length", "update", "reset", "reorder_cache", "batch_repeat_interleave", "crop")),
+    (tf.DynamicCache(), ("layers", "layer_class_to_replicate")),
+    (cache_utils.EncoderDecoderCache, ("get_seq_length",)),
+    (tf.EncoderDecoderCache(tf.DynamicCache(), tf.DynamicCache()), ("self_attention_cache", "is_updated")),
+    (cache_utils, ("CacheLayerMixin", "StaticLayer", "DynamicLayer")),
+    (continuous_batching, ("PagedAttentionCache",)),
+    (GradientCheckpointingLayer, ("gradient_checkpointing",)),
+    (tf.utils, ("ModelOutput",)),
+    (tf.GenerationMixin, ("generate", "generate_batch")),
+]
+
+
+@pytest.mark.parametrize(("owner", "names"), NAMES, ids=lambda value: getattr(value, "__name__", None))
+def test_names_that_toast_relies_on_are_there(owner: Any, names: tuple[str, ...]) -> None:
+    missing = [name for name in names if not hasattr(owner, name)]
+    assert not missing, f"transformers {tf.__version__} has no {missing} on {owner}; toast_peft/cache.py relies on it."
+
+
+DECODERS = [
+    tf.LlamaModel,
+    tf.MistralModel,
+    tf.Gemma3TextModel,
+    tf.Qwen3Model,
+    tf.GPT2Model,
+    tf.OPTModel,
+    tf.FalconModel,
+    tf.GPTNeoXModel,
+    tf.T5Model,
+    tf.BertModel,
+    tf.models.whisper.modeling_whisper.WhisperDecoder,
+]
+
+
+@pytest.mark.parametrize("model_class", DECODERS)
+def test_parameter_that_takes_a_cache_is_recognised(model_class: type) -> None:
+    parameters = inspect.signature(model_class.forward).parameters
+    found = cache_parameter(parameters)
+    assert found in parameters, (
+        f"transformers {tf.__version__}: no parameter of {model_class.__name__}.forward is recognised as the one that "
+        f"takes a cache, of {list(parameters)}; see cache_parameter in toast_peft/cache.py."
+    )
+
+
+def test_vision_models_take_no_cache() -> None:
+    for model_class in (tf.ViTModel, tf.SwinModel, tf.ResNetModel):
+        assert cache_parameter(inspect.signature(model_class.forward).parameters) is None
+
+
+def test_enabled_checkpointing_is_found_on_the_blocks() -> None:
+    model = tiny_model(tf.LlamaModel)
+    model.gradient_checkpointing_enable()
+    for block in model.layers:
+        assert isinstance(block, GradientCheckpointingLayer) and block.gradient_checkpointing
+        assert hasattr(block, "_gradient_checkpointing_func"), (
+            f"transformers {tf.__version__} has renamed the checkpointing function; see toast_peft/checkpointing.py."
+        )
+
+
+@pytest.mark.parametrize("implementation", ["dynamic", "static"])
+def test_generate_hands_the_backbone_a_cache_that_is_recognised(implementation: str) -> None:
+    """The path that `generate` takes, with a model that notes what it gets."""
+    model = tiny_model(tf.LlamaForCausalLM)
+    found = []
+
+    def note(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        found.append([name for name, value in kwargs.items() if isinstance(value, tf.Cache)])
+
+    with model.model.register_forward_pre_hook(note, with_kwargs=True):
+        ids = torch.arange(3, 9).unsqueeze(0) % VOCAB_SIZE
+        model.generate(input_ids=ids, max_new_tokens=3, do_sample=False, cache_implementation=implementation)
+    parameter = cache_parameter(inspect.signature(type(model.model).forward).parameters)
+    assert found == [[parameter]] * 3, (
+        f"transformers {tf.__version__} gives a backbone its cache as {found}, recognised was {parameter!r}; see "
+        "toast_peft/cache.py."
+    )

@@ -1,0 +1,91 @@
+"""Gradient checkpointing with feedback."""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .dropout import dropout_off
+from .run import SINGLE_PASS, Run, ThreadState
+
+if TYPE_CHECKING:
+    from .passes import BlockForward
+
+
+class CheckpointWithFeedback:
+    """A gradient checkpointing function that hands the feedback to the checkpointed call as tensor arguments.
+
+    The blocks run again in the backward pass, when the forward is over and perhaps another one has begun. As an
+    argument the feedback is there again, and it gets its gradient also from reentrant checkpointing.
+
+    Args:
+        checkpoint: the function that transformers has set.
+        state: has the running forward.
+        blocks: the block that a checkpointed call runs, or all of a stage where the model checkpoints stages.
+    """
+
+    def __init__(self, checkpoint: Callable, state: ThreadState, *blocks: "BlockForward") -> None:
+        self.checkpoint = checkpoint
+        self.state = state
+        self.blocks = blocks
+
+    def __call__(self, function: Callable, *args: Any) -> Any:
+        run = self.state.run or SINGLE_PASS
+        if not torch.is_grad_enabled():  # pass 1 of a frozen model: nothing to recompute
+            return function(*args)
+        if all(block.is_skipped(run) for block in self.blocks):
+            return function(*args)
+        again = run.part([block.index for block in self.blocks])
+        call = functools.partial(self.run, function, again)
+        with self.compiled_call(run) if torch.compiler.is_compiling() else nullcontext():
+            output = self.checkpoint(call, *again.feedback.values(), *args)
+        self.note(run, args[0], output)
+        return output
+
+    @contextmanager
+    def compiled_call(self, run: Run) -> Iterator[None]:
+        """Change before a compiled call what the call changes itself elsewhere, as it may not while it is traced."""
+        run.steered.extend(run.feedback)
+        with self.without_dropout(run):
+            yield
+
+    def without_dropout(self, run: Run) -> AbstractContextManager[None]:
+        """Pass 1 of these blocks runs without dropout, also when it runs again."""
+        off = run.first_pass and run.without_dropout
+        return dropout_off(*(block.module for block in self.blocks)) if off else nullcontext()
+
+    def note(self, run: Run, hidden_states: torch.Tensor, output: Any) -> None:
+        """Note the output with its graph, which the inside of a reentrant checkpoint has not."""
+        [block] = self.blocks
+        block.note(run, hidden_states, output)
+
+    def run(self, function: Callable, run: Run, *args: Any) -> Any:
+        """The checkpointed call, in the forward and again in the backward pass, where it may be another thread."""
+        number = len(run.feedback)
+        if torch.compiler.is_compiling():  # traced in the running forward, and not run again from here
+            return function(*args[number:])
+        feedback = dict(zip(run.feedback, args[:number], strict=True))
+        previous, self.state.run = self.state.run, replace(run, feedback=feedback)
+        try:
+            with self.without_dropout(run):
+                return function(*args[number:])
+        finally:
+            self.state.run = previous
+
+
+def wrap_checkpoint(module: nn.Module, wrapper: type, state: ThreadState, *blocks: "BlockForward") -> None:
+    """Put a `wrapper` around the module's gradient checkpointing function, if it has one."""
+    checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+    if checkpoint is not None and not isinstance(checkpoint, wrapper):
+        module._gradient_checkpointing_func = wrapper(checkpoint, state, *blocks)
+
+
+def unwrap_checkpoint(module: nn.Module) -> None:
+    """Put back what `wrap_checkpoint` has wrapped."""
+    checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+    if isinstance(checkpoint, CheckpointWithFeedback):
+        module._gradient_checkpointing_func = checkpoint.checkpoint

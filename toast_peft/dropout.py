@@ -1,0 +1,75 @@
+"""Pass 1 runs without dropout, whatever kind it is: of elements, of whole branches (stochastic depth) or of blocks.
+
+Its features are then those of inference also in training, and it uses up no random numbers: pass 2 draws what the base
+model would draw, so that an adapter that starts as a no-op starts as the base model in training mode as well.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+# Parts of the names that transformers gives to what is random in training: `attn_pdrop`, `layerdrop`,
+# `drop_path_rate`, `router_jitter_noise`.
+_RANDOM = ("drop", "jitter")
+
+
+def has_dropout(backbone: nn.Module) -> bool:
+    """Whether a forward of the backbone in its present mode is random."""
+    if not backbone.training:
+        return False
+    if any(isinstance(module, _DropoutNd) and module.p > 0 for module in backbone.modules()):
+        return True
+    # Attention, blocks and backbones call functions with a rate that they have from the config.
+    config = getattr(backbone, "config", None)
+    if config is None:
+        return True
+    return any(_is_positive(value) for name, value in config.__dict__.items() if any(part in name for part in _RANDOM))
+
+
+def _is_positive(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(_is_positive(item) for item in value)
+    return isinstance(value, (int, float)) and value > 0
+
+
+@contextmanager
+def dropout_off(*roots: nn.Module, checkpointed: bool = False) -> Iterator[None]:
+    """Inside, the modules and all in them are in evaluation mode; but norms that use the batch go on doing so.
+
+    Args:
+        roots: the modules.
+        checkpointed: leave out blocks with gradient checkpointing, which is a matter of training mode as well; their
+            checkpointed calls switch dropout off themselves.
+    """
+    modules = [module for root in roots for module in root.modules() if module.training]
+    modules = [module for module in modules if not isinstance(module, _NormBase)]
+    if checkpointed:
+        modules = [m for m in modules if not (isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing)]
+    for module in modules:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.training = True
+
+
+@contextmanager
+def pass_without_dropout(backbone: nn.Module, checkpointed: bool) -> Iterator[None]:
+    """Inside, a pass over the backbone is not random and uses up no random numbers.
+
+    Some models draw them, on the CPU, for blocks that they do not leave out either. A compiled forward keeps them.
+
+    Args:
+        backbone: the module that runs the blocks.
+        checkpointed: whether blocks with gradient checkpointing are checkpointed in this pass.
+    """
+    with nullcontext() if torch.compiler.is_compiling() else torch.random.fork_rng(devices=[]):
+        with dropout_off(backbone, checkpointed=checkpointed):
+            yield
