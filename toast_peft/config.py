@@ -1,13 +1,12 @@
 """`TopDownConfig`: what a user can choose."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from peft import PeftConfig
 from peft.utils import PeftType
 
-TRAINABLE_PARTS = ("prompt", "transform", "linear1", "linear2")
+from .config_checks import TRAINABLE_PARTS, check_values
 
 # How the official code trains each of its stages. It has no pre-tuning for ViT; the weight is that in its `var_loss`.
 OFFICIAL_STAGES = {
@@ -94,7 +93,7 @@ class TopDownConfig(PeftConfig):
             "Larger ('late' feedback) is cheaper."
         },
     )
-    trainable_parts: list[str] | None = field(
+    trainable_parts: list[str] | str | None = field(
         default=None,
         metadata={
             "help": "Which of 'prompt' (weighs the tokens), 'transform' (maps the channels), 'linear1' (carries the "
@@ -169,16 +168,14 @@ class TopDownConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.TOPDOWN
+        check_values(self, [*TopDownConfig.__annotations__, "inference_mode"])
         # Only a config that was saved with an adapter is made with these facts about the base model.
         self.is_of_saved_adapter = self.num_blocks is not None
         for name in ("target_modules", "exclude_modules"):
-            if isinstance(getattr(self, name), list):
+            if isinstance(getattr(self, name), (list, tuple)):
                 setattr(self, name, set(getattr(self, name)))
-        self.trainable_parts = _check_trainable_parts(self.trainable_parts)
-        self._check_rank()
+        self.trainable_parts = _in_order(self.trainable_parts)
         self._check_range()
-        if not self.variational_weight >= 0:
-            raise ValueError(f"`variational_weight` is {self.variational_weight!r}; expected 0 or a positive number.")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError(
                 "`layers_to_transform` cannot be used when `target_modules` is a regular expression; "
@@ -196,23 +193,13 @@ class TopDownConfig(PeftConfig):
         Raises:
             ValueError: if there is no such stage.
         """
-        if name not in OFFICIAL_STAGES:
+        if name not in list(OFFICIAL_STAGES):
             raise ValueError(f"There is no stage {name!r}; expected one of {list(OFFICIAL_STAGES)}.")
         return cls(**OFFICIAL_STAGES[name] | options)
-
-    def _check_rank(self) -> None:
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 0:
-            raise ValueError(f"`r` is {self.r!r}; expected 0 (full feedback layers) or a positive rank (Lite).")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"`lora_dropout` is {self.lora_dropout!r}; expected a probability in [0, 1).")
 
     def _check_range(self) -> None:
         for name in ("feedback_from", "feedback_to"):
             value = getattr(self, name)
-            if value is None and name == "feedback_from":
-                continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
-                raise ValueError(f"`{name}` is {value!r}; expected a block index or a fraction of the depth.")
             if isinstance(value, float) and value > 1:
                 raise ValueError(
                     f"`{name}` is {value!r}; as a float it is a fraction of the depth, between 0.0 and 1.0. "
@@ -239,9 +226,6 @@ class TopDownConfig(PeftConfig):
         return first, last
 
 
-def _check_trainable_parts(parts: Iterable[str] | None) -> list[str]:
-    parts = list(TRAINABLE_PARTS) if parts is None else [parts] if isinstance(parts, str) else list(parts)
-    unknown = sorted(set(parts) - set(TRAINABLE_PARTS))
-    if unknown or not parts:
-        raise ValueError(f"`trainable_parts` is {parts}; expected at least one of {list(TRAINABLE_PARTS)}.")
+def _in_order(parts: list[str] | str | None) -> list[str]:
+    parts = TRAINABLE_PARTS if parts is None else [parts] if isinstance(parts, str) else parts
     return [part for part in TRAINABLE_PARTS if part in parts]

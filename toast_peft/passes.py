@@ -21,11 +21,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from .block_stack import BlockStack
 from .cache import TwoPassCache, refuse_two_pass_cache
 from .config import TopDownConfig
 from .feedback import FeedbackPath, hidden_states_of
+from .recording import recording_paused
 from .value_projection import ValueColumns, ValueHooks
 from .variational_loss import LossHook, Reconstruction, padding_to_leave_out
 
@@ -44,6 +46,7 @@ class Run:
         outputs: what the blocks below `feedback_to` returned in pass 1.
         last_output: what the last block that ran in pass 1 returned.
         feedback: for each block index what its value projection adds in pass 2.
+        last_steered: the block whose value projection was the last to add it.
         reconstruction: compares inputs of blocks with what `linear1` makes of their outputs, if that is wanted.
         input_sizes: where feedback is a map, for each block or stage the height and width of its input.
         inputs: in a ConvNet, for each stage its input in pass 2, without the feedback.
@@ -57,6 +60,7 @@ class Run:
     outputs: dict[int, Any] = field(default_factory=dict)
     last_output: Any = None
     feedback: dict[int, torch.Tensor] = field(default_factory=dict)
+    last_steered: int | None = None
     reconstruction: Reconstruction | None = None
     input_sizes: dict[int, tuple[int, int]] = field(default_factory=dict)
     inputs: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -257,6 +261,12 @@ class BlockForward(ReplacedForward):
 
     def _second_pass(self, run: Run, *args: Any, **kwargs: Any) -> Any:
         output = self.original(*args, **kwargs)
+        if self.index in run.feedback and run.last_steered != self.index:
+            raise RuntimeError(
+                f"Block {self.index} did not call its value projection, so the feedback has no effect in it: its "
+                "attention takes the weight past the layer, or the values from elsewhere. Leave such blocks out with "
+                "`layers_to_transform`, or choose another layer with `target_modules`."
+            )
         self.reconstruct(run, args[0] if args else kwargs["hidden_states"], output)
         return output
 
@@ -286,9 +296,12 @@ class BackboneForward(ReplacedForward):
         parameters = inspect.signature(stack.backbone.forward).parameters
         self.argument_names = tuple(parameters)
         takes_any = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values())
-        # What a caller wants to record is recorded in pass 2.
+        self.records_itself = isinstance(stack.backbone, PreTrainedModel)
+        # What a caller wants to record is recorded in pass 2. Other modules may hand all they take on to their blocks.
         recordings = ("output_hidden_states", "output_attentions")
-        self.not_recorded = {name: False for name in recordings if takes_any or name in parameters}
+        self.not_recorded = {
+            name: False for name in recordings if name in parameters or (takes_any and self.records_itself)
+        }
         super().__init__(stack.backbone, state)
         self.blocks = stack.blocks
         self.has_cache = stack.has_cache and "past_key_values" in parameters
@@ -376,7 +389,8 @@ class BackboneForward(ReplacedForward):
     def _first_pass(self, run: Run, kwargs: dict[str, Any]) -> None:
         self.state.run = run
         needs_graph = torch.is_grad_enabled() and self._first_pass_is_trained(run, kwargs)
-        with nullcontext() if needs_graph else torch.no_grad():
+        recording = nullcontext() if self.records_itself else recording_paused()
+        with nullcontext() if needs_graph else torch.no_grad(), recording:
             self.original(**kwargs | self.not_recorded)
 
     def _first_pass_is_trained(self, run: Run, kwargs: dict[str, Any]) -> bool:

@@ -100,6 +100,13 @@ class ValueHooks:
     def _steered(self, hidden_states: torch.Tensor) -> torch.Tensor:
         td = self._td()
         td = td if self.arrange is None else self.arrange(td, hidden_states)
+        if td.shape != hidden_states.shape:  # they might still be broadcast
+            raise ValueError(
+                f"The feedback of block {self.index} has the shape {list(td.shape)} and the input of its value "
+                f"projection {list(hidden_states.shape)}; expected the same, as TOAST supports only attention that "
+                "takes its values from the hidden states of the block, token by token."
+            )
+        self.state.run.last_steered = self.index
         return hidden_states + td.to(device=hidden_states.device, dtype=hidden_states.dtype)
 
     def _bias(self, module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
