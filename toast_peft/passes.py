@@ -255,11 +255,18 @@ class BlockForward(ReplacedForward):
         if self.is_skipped(run):
             # Unchanged hidden states in the form a block of this model returns them.
             return run.last_output
+        if self.index in run.outputs:  # it runs several times (ALBERT), and only the last output is kept
+            run.repeat_lower_blocks = True
         output = self.original(*args, **kwargs)
         run.keep(self.index, output)
         return output
 
     def _second_pass(self, run: Run, *args: Any, **kwargs: Any) -> Any:
+        if run.reconstruction is not None and run.last_steered == self.index:
+            raise NotImplementedError(
+                f"`variational_weight` is set, but block {self.index} runs several times in a pass (as in ALBERT) and "
+                "its `linear1` computes the input of a block that runs once; set it to 0."
+            )
         output = self.original(*args, **kwargs)
         if self.index in run.feedback and run.last_steered != self.index:
             raise RuntimeError(
