@@ -119,7 +119,7 @@ class Model(nn.Module):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((lambda layer, x: F.linear(x, layer.weight),), "Block 0 did not call its value projection"),
+        ((lambda layer, x: F.linear(x, layer.weight),), "Block 0, a Block, does not call the value projection"),
         ((lambda layer, x: layer(x.mean(1, keepdim=True)),), r"the shape \[3, 5, 32\] and .* \[3, 1, 32\]"),
         ((lambda layer, x: layer(x.transpose(0, 1)).transpose(0, 1),), r"the shape \[3, 5, 32\] and .* \[5, 3, 32\]"),
         (

@@ -107,8 +107,8 @@ class Statistics:
         sums = (self.mean_feature, *self.grams.values(), *self.differences.values())
         if not all(total.isfinite().all() for total in sums):
             raise ValueError(
-                "The hidden states of the data are NaN or infinite; expected finite ones. Look for NaN in the batches or "
-                "run the model in another dtype; the adapter is unchanged."
+                "The hidden states of the data are NaN or infinite; expected finite ones. Look for NaN in the "
+                "batches, or run the model in another dtype; the adapter is unchanged."
             )
         if not all(total.any() for total in (self.mean_feature, *self.grams.values())):
             raise ValueError("The hidden states of the data are all zero; the adapter is unchanged.")

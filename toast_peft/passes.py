@@ -46,7 +46,7 @@ class Run:
         outputs: what the blocks below `feedback_to` returned in pass 1.
         last_output: what the last block that ran in pass 1 returned.
         feedback: for each block index what its value projection adds in pass 2.
-        last_steered: the block whose value projection was the last to add it.
+        steered: the blocks whose value projection has been called in pass 2.
         reconstruction: compares inputs of blocks with what `linear1` makes of their outputs, if that is wanted.
         input_sizes: where feedback is a map, for each block or stage the height and width of its input.
         inputs: in a ConvNet, for each stage its input in pass 2, without the feedback.
@@ -60,7 +60,7 @@ class Run:
     outputs: dict[int, Any] = field(default_factory=dict)
     last_output: Any = None
     feedback: dict[int, torch.Tensor] = field(default_factory=dict)
-    last_steered: int | None = None
+    steered: list[int] = field(default_factory=list)
     reconstruction: Reconstruction | None = None
     input_sizes: dict[int, tuple[int, int]] = field(default_factory=dict)
     inputs: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -262,17 +262,17 @@ class BlockForward(ReplacedForward):
         return output
 
     def _second_pass(self, run: Run, *args: Any, **kwargs: Any) -> Any:
-        if run.reconstruction is not None and run.last_steered == self.index:
+        if run.reconstruction is not None and self.index in run.steered:
             raise NotImplementedError(
                 f"`variational_weight` is set, but block {self.index} runs several times in a pass (as in ALBERT) and "
                 "its `linear1` computes the input of a block that runs once; set it to 0."
             )
         output = self.original(*args, **kwargs)
-        if self.index in run.feedback and run.last_steered != self.index:
-            raise RuntimeError(
-                f"Block {self.index} did not call its value projection, so the feedback has no effect in it: its "
-                "attention takes the weight past the layer, or the values from elsewhere. Leave such blocks out with "
-                "`layers_to_transform`, or choose another layer with `target_modules`."
+        if self.index in run.feedback and self.index not in run.steered:
+            raise NotImplementedError(
+                f"Block {self.index}, a {type(self.module).__name__}, does not call the value projection that its "
+                "feedback goes to, so the adapter would have no effect. TOAST does not support a model that uses "
+                "the weight of this layer in another way; name another layer with `target_modules`."
             )
         self.reconstruct(run, args[0] if args else kwargs["hidden_states"], output)
         return output

@@ -98,7 +98,9 @@ class ValueHooks:
         return None if run is None else run.feedback.get(self.index)
 
     def _steered(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        td = self._td()
+        td, run = self._td(), self.state.run
+        if self.index not in run.steered:
+            run.steered.append(self.index)
         td = td if self.arrange is None else self.arrange(td, hidden_states)
         if td.shape != hidden_states.shape:  # they might still be broadcast
             raise ValueError(
@@ -106,7 +108,6 @@ class ValueHooks:
                 f"projection {list(hidden_states.shape)}; expected the same, as TOAST supports only attention that "
                 "takes its values from the hidden states of the block, token by token."
             )
-        self.state.run.last_steered = self.index
         return hidden_states + td.to(device=hidden_states.device, dtype=hidden_states.dtype)
 
     def _bias(self, module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
