@@ -27,6 +27,7 @@ _REFORMER = {"attn_layers": ["local", "local"], "axial_pos_embds": False, "is_de
 _EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1, "layer_types": ["linear_attention", "full_attention"]}
 _AUDIO = {"conv_dim": (16, 16), "conv_stride": (2, 2), "conv_kernel": (3, 3), "num_conv_pos_embedding_groups": 2}
 _SERIES = {"num_input_channels": 2, "context_length": 16, "patch_length": 4, "d_model": 32, "num_attention_heads": 4}
+_LED = {"vocab_size": 40, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4}
 _STATE = "state outside of a key-value cache"
 
 # Config -> its value projections, and what is said.
@@ -48,6 +49,10 @@ UNSUITABLE: dict[str, tuple[Callable[[], tf.PretrainedConfig], str, str]] = {
     ),
     "longformer": (lambda: tf.LongformerConfig(**_TEXT, attention_window=[4, 4]), "self.value", "swaps the batch"),
     "patchtst": (lambda: tf.PatchTSTConfig(**_SERIES), "v_proj", "channels of a series"),
+    "vit_mae": (lambda: tf.ViTMAEConfig(**_SIZES, image_size=8, patch_size=4), "(value|v_proj)", "a random order"),
+    "vilt": (lambda: tf.ViltConfig(**_TEXT, image_size=8, patch_size=4), "(value|v_proj)", "a random order"),
+    "xlstm": (lambda: tf.xLSTMConfig(hidden_size=32, num_hidden_layers=2, num_heads=2), "mlstm_layer.v", _STATE),
+    "led": (lambda: tf.LEDConfig(**_LED), "longformer_self_attn.value", "swaps the batch"),
     "wavlm": (lambda: tf.WavLMConfig(**_SIZES, **_AUDIO), "v_proj", "weight of the value projection"),
     "zamba2": (
         lambda: tf.Zamba2Config(**_TEXT | _MAMBA, layers_block_type=["mamba", "hybrid"], num_mem_blocks=1),
@@ -66,7 +71,7 @@ def test_refused_before_anything_is_changed(model_type: str) -> None:
         model = tf.AutoModel.from_config(make_config())
     names, modules = list(model.state_dict()), [type(module) for module in model.modules()]
     with pytest.raises(ValueError, match=f"TOAST does not support.*{message}") as error:
-        adapted(model, target_modules=[value_projection])
+        adapted(model, target_modules=rf".*\.{value_projection}")
     assert list(model.state_dict()) == names and [type(module) for module in model.modules()] == modules
     assert not hasattr(model, "peft_config")
     if "TOAST does not support the model type" in str(error.value):

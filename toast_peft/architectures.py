@@ -159,5 +159,8 @@ UNSUITABLE = {
     "recurrent_gemma": _STATE,
     "reformer": _STATE,
     "rwkv": _STATE,
+    "vilt": "it puts the patches of an image into a random order, another one in each pass",
+    "vit_mae": "it puts the patches of an image into a random order, another one in each pass",
     "wavlm": "its attention computes with the weight of the value projection, past the layer",
+    "xlstm": _STATE,
 }
