@@ -180,6 +180,8 @@ class CheckpointWithFeedback:
         if run is not None and all(block.is_skipped(run) for block in self.blocks):
             return function(*args)
         if torch.compiler.is_compiling():  # the function is traced once and not run again; it may not change the state
+            if run is not None:
+                run.steered.extend(run.feedback)
             output = self.checkpoint(function, *args)
         else:
             again = SINGLE_PASS if run is None else run.part(block.index for block in self.blocks)
