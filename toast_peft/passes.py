@@ -27,7 +27,7 @@ from .block_stack import BlockStack
 from .cache import TwoPassCache, refuse_two_pass_cache
 from .config import TopDownConfig
 from .feedback import FeedbackPath, hidden_states_of
-from .recording import recording_paused
+from .recording import RecordingPaused
 from .value_projection import ValueColumns, ValueHooks
 from .variational_loss import LossHook, Reconstruction, padding_to_leave_out
 
@@ -398,7 +398,7 @@ class BackboneForward(ReplacedForward):
     def _first_pass(self, run: Run, kwargs: dict[str, Any]) -> None:
         self.state.run = run
         needs_graph = torch.is_grad_enabled() and self._first_pass_is_trained(run, kwargs)
-        recording = nullcontext() if self.records_itself else recording_paused()
+        recording = nullcontext() if self.records_itself else RecordingPaused()
         with nullcontext() if needs_graph else torch.no_grad(), recording:
             self.original(**kwargs | self.not_recorded)
 

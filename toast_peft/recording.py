@@ -1,24 +1,25 @@
 """Keeps pass 1 out of what transformers records (hidden states, attentions) around the module that is run twice."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import Any
 
-from transformers.utils.output_capturing import _active_collector
+try:
+    from transformers.utils.output_capturing import _active_collector
+except ImportError:  # a later version records in another way; the tests look whether pass 1 is recorded
+    _active_collector = None
 
 
-@contextmanager
-def recording_paused() -> Iterator[None]:
-    """Inside, nothing is recorded for a model whose forward is running.
+class RecordingPaused:
+    """A context in which nothing is recorded for a model whose forward is running.
 
     A model that is run twice starts a record of its own in each pass. An encoder in a model does not: what both of its
     passes compute would be in the record of the model.
     """
-    record = _active_collector.get()
-    if record is None:
-        yield
-        return
-    _active_collector.set(None)
-    try:
-        yield
-    finally:
-        _active_collector.set(record)
+
+    def __enter__(self) -> None:
+        self.record = None if _active_collector is None else _active_collector.get()
+        if self.record is not None:
+            _active_collector.set(None)
+
+    def __exit__(self, *error: Any) -> None:
+        if self.record is not None:
+            _active_collector.set(self.record)
