@@ -1,6 +1,7 @@
 """TOAST and LoRA on one model: whichever comes first, the same numbers, and either can go again."""
 
 import copy
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -65,6 +66,19 @@ def test_either_order_gives_the_same(model_class: type) -> None:
     for name in trained:
         gradient, expected = toast_first.get_parameter(name).grad, lora_first.get_parameter(name).grad
         torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("model_class", VIT_AND_LLAMA)
+def test_lora_on_a_copy_of_a_model_with_toast(model_class: type, copied: Callable) -> None:
+    original = both(model_class, put_toast)
+    expected = run(original)
+    model = copied(original)
+    put_lora(model)
+    torch.testing.assert_close(
+        run(set_weights(model)), run(both(model_class, put_lora, put_toast)), rtol=1e-12, atol=1e-12
+    )
+    assert torch.equal(run(original), expected)
 
 
 @pytest.mark.parametrize("model_class", VIT_AND_LLAMA)

@@ -49,7 +49,7 @@ class TopDownConfig(PeftConfig):
             zero). False is the random initialisation of the official code, from which the adapted output differs from
             the base model's.
         target_modules: names or a regular expression of the value projections, one in each block. Found by the model
-            type when not given.
+            type when not given. What is known or looks to compute something else than values is refused.
         exclude_modules: names or a regular expression of value projections to leave alone.
         layers_to_transform: indices of the blocks that receive feedback. Default: all from `feedback_to` to
             `feedback_from - 1`.
