@@ -282,15 +282,35 @@ def test_vision_tower_by_option(model_class: type) -> None:
     assert all(".language_model." in name for name in trained)
 
 
+_HYBRID = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 48}
+_HYBRID |= {"vocab_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, "num_key_value_heads": 2}
+_LINEAR = {f"linear_{name}": 8 for name in ("key_head_dim", "value_head_dim")}
+_LINEAR |= {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "head_dim": 8}
+_MAMBA = {"mamba_d_state": 4, "mamba_d_conv": 4, "mamba_dt_rank": 4, "use_mamba_kernels": False}
+# Convolutions, state space models and linear attention in the other blocks, whose states are a part of the cache.
+HYBRIDS = {
+    tf.Lfm2ForCausalLM: tf.Lfm2Config(**_HYBRID, layer_types=["conv", "full_attention"] * 2),
+    tf.JambaForCausalLM: tf.JambaConfig(
+        **_HYBRID | _MAMBA, attn_layer_period=2, attn_layer_offset=1, num_experts=2, num_experts_per_tok=1
+    ),
+    tf.Qwen3NextForCausalLM: tf.Qwen3NextConfig(
+        **_HYBRID | _LINEAR,
+        layer_types=["linear_attention", "full_attention"] * 2,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+    ),
+}
+
+
 @pytest.mark.parametrize("variant", RANGES)
-def test_hybrid_gets_feedback_where_it_has_value_projections(variant: str) -> None:
-    """Convolutions in the other blocks, whose states are a part of the cache."""
-    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 48}
-    types = ["conv", "full_attention", "conv", "full_attention"]
-    tokens = {"vocab_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+@pytest.mark.parametrize("model_class", HYBRIDS)
+def test_hybrid_gets_feedback_where_it_has_value_projections(model_class: type, variant: str) -> None:
     torch.manual_seed(0)
-    base = tf.Lfm2ForCausalLM(tf.Lfm2Config(**sizes, **tokens, num_key_value_heads=2, layer_types=types)).eval()
-    expected = output_of(base)
+    base = model_class(HYBRIDS[model_class])
+    add_noise(*base.parameters())
+    expected = output_of(base.eval())
     model = adapted(base, target_modules=["v_proj"], **RANGES[variant])
     assert torch.equal(output_of(model), expected)
     turn(model)

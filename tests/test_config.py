@@ -1,13 +1,18 @@
 """`TopDownConfig`: its defaults, what it refuses, and the blocks that a range means."""
 
+import json
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from peft import PeftType
+from peft import PeftConfig, PeftType
 
 from toast_peft import TopDownConfig
 from toast_peft.config import TRAINABLE_PARTS
+
+OWN = TopDownConfig.__annotations__
 
 
 def test_defaults() -> None:
@@ -19,7 +24,7 @@ def test_defaults() -> None:
 
 
 def test_every_option_has_a_help() -> None:
-    own = [field for field in fields(TopDownConfig) if field.name in TopDownConfig.__annotations__]
+    own = [field for field in fields(TopDownConfig) if field.name in OWN]
     assert {"r", "feedback_from", "feedback_to", "trainable_parts", "init_weights"} <= {field.name for field in own}
     assert [field.name for field in own if len(field.metadata.get("help", "")) < 20] == []
     assert [field.name for field in own if f"{field.name}" not in TopDownConfig.__doc__] == []
@@ -45,6 +50,49 @@ def test_every_option_has_a_help() -> None:
         ({"feedback_to": 6.0}, "`feedback_to` is 6.0; as a float it is a fraction"),
         ({"feedback_to": -0.5}, "`feedback_to` is -0.5"),
         ({"feedback_to": None}, "`feedback_to` is None"),
+        ({"lora_dropout": "0.1"}, "`lora_dropout` is '0.1'"),
+        ({"lora_alpha": float("nan")}, "`lora_alpha` is nan; expected a positive number"),
+        ({"lora_alpha": float("inf")}, "`lora_alpha` is inf"),
+        ({"lora_alpha": 0}, "`lora_alpha` is 0"),
+        ({"lora_alpha": -1.0}, "`lora_alpha` is -1.0"),
+        ({"lora_alpha": 10**400}, "`lora_alpha` is 1000"),
+        ({"lora_alpha": "8"}, "`lora_alpha` is '8'"),
+        ({"lora_alpha": True}, "`lora_alpha` is True"),
+        ({"feedback_from": float("nan")}, "`feedback_from` is nan"),
+        ({"feedback_to": [1]}, r"`feedback_to` is \[1\]"),
+        ({"trainable_parts": 5}, "`trainable_parts` is 5; expected at least one of"),
+        ({"trainable_parts": [["prompt"]]}, "`trainable_parts` is"),
+        ({"init_weights": "no"}, "`init_weights` is 'no'; expected True or False"),
+        ({"init_weights": None}, "`init_weights` is None"),
+        ({"init_weights": 1}, "`init_weights` is 1"),
+        ({"normalize_features": "no"}, "`normalize_features` is 'no'; expected True, False or None"),
+        ({"double_value_bias": "False"}, "`double_value_bias` is 'False'"),
+        ({"variational_ignore_padding": "yes"}, "`variational_ignore_padding` is 'yes'"),
+        ({"inference_mode": "False"}, "`inference_mode` is 'False'"),
+        ({"variational_weight": "x"}, "`variational_weight` is 'x'"),
+        ({"variational_weight": -1}, "`variational_weight` is -1"),
+        ({"variational_weight": float("nan")}, "`variational_weight` is nan"),
+        ({"layers_to_transform": "1"}, "`layers_to_transform` is '1'; expected a block index or a list"),
+        ({"layers_to_transform": ["1"]}, r"`layers_to_transform` is \['1'\]"),
+        ({"layers_to_transform": [True]}, r"`layers_to_transform` is \[True\]"),
+        ({"layers_to_transform": 1.0}, "`layers_to_transform` is 1.0"),
+        ({"target_modules": "("}, r"`target_modules` is '\('; expected .* a valid regular expression"),
+        ({"target_modules": 3}, "`target_modules` is 3"),
+        ({"target_modules": [3]}, r"`target_modules` is \[3\]"),
+        ({"target_modules": {"v_proj": 1}}, "`target_modules` is {'v_proj': 1}"),
+        ({"exclude_modules": "*"}, r"`exclude_modules` is '\*'"),
+        ({"modules_to_save": "lm_head"}, "`modules_to_save` is 'lm_head'; expected a list of module names"),
+        ({"modules_to_save": [None]}, r"`modules_to_save` is \[None\]"),
+        ({"trainable_token_indices": [-1]}, r"`trainable_token_indices` is \[-1\]"),
+        ({"trainable_token_indices": {"embed_tokens": [-1]}}, "`trainable_token_indices` is {'embed_tokens'"),
+        ({"trainable_token_indices": {"embed_tokens": 1}}, "`trainable_token_indices` is {'embed_tokens'"),
+        ({"trainable_token_indices": 1}, "`trainable_token_indices` is 1"),
+        ({"pretrained_feedback": 1}, "`pretrained_feedback` is 1; expected the path"),
+        ({"backbone_type": ["vit"]}, "`backbone_type` is"),
+        ({"num_blocks": "4"}, "`num_blocks` is '4'"),
+        ({"num_blocks": [4, 0]}, r"`num_blocks` is \[4, 0\]"),
+        ({"num_blocks": -4}, "`num_blocks` is -4"),
+        ({"hidden_size": 32.0}, "`hidden_size` is 32.0"),
         ({"target_modules": r".*v_proj", "layers_to_transform": [0]}, "`layers_to_transform` cannot be used"),
     ],
     ids=str,
@@ -52,6 +100,30 @@ def test_every_option_has_a_help() -> None:
 def test_senseless_values_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TopDownConfig(**options)
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(TopDownConfig) if field.name in OWN])
+def test_no_option_takes_just_anything(name: str) -> None:
+    with pytest.raises(ValueError, match=f"`{name}` is <object.*; expected"):
+        TopDownConfig(**{name: object()})
+
+
+def test_edited_file_is_checked(tmp_path: Path) -> None:
+    TopDownConfig().save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_alpha": "8"}))
+    with pytest.raises(ValueError, match="`lora_alpha` is '8'; expected a positive number"):
+        PeftConfig.from_pretrained(tmp_path)
+
+
+def test_numbers_of_numpy_and_other_collections_are_taken(tmp_path: Path) -> None:
+    """As Python's own, so that they can be saved."""
+    options = {"target_modules": ("v_proj",), "layers_to_transform": (0, 1), "modules_to_save": {"classifier"}}
+    config = TopDownConfig(r=np.int64(4), lora_alpha=np.float32(2), feedback_from=np.float64(0.5), **options)
+    config.save_pretrained(tmp_path)
+    loaded = PeftConfig.from_pretrained(tmp_path)
+    assert (loaded.r, loaded.lora_alpha, loaded.feedback_from) == (4, 2.0, 0.5)
+    assert loaded.target_modules == {"v_proj"} and loaded.layers_to_transform == [0, 1]
 
 
 @pytest.mark.parametrize(

@@ -170,6 +170,20 @@ def test_another_kind_of_model_is_refused(vit: Golden, convnext: Golden, llama: 
         from_official_checkpoint(llama.base_model(), {"layers.0.weight": torch.zeros(1)})
 
 
+@pytest.mark.parametrize("kind", ["list", "tensor", "dict of a list", "file of a list", "None"])
+def test_what_is_no_state_dict(llama: Golden, tmp_path: Path, kind: str) -> None:
+    torch.save([torch.zeros(1)], tmp_path / "checkpoint.pth")
+    checkpoint = {
+        "list": [torch.zeros(1)],
+        "tensor": torch.zeros(1),
+        "dict of a list": {"model.prompt": [0.0]},
+        "file of a list": tmp_path / "checkpoint.pth",
+        "None": None,
+    }[kind]
+    with pytest.raises(ValueError, match="The official checkpoint is a .*; expected a state dict, a dict of tensors"):
+        from_official_checkpoint(llama.base_model(), checkpoint)
+
+
 def test_another_backbone_is_noticed(llama: Golden) -> None:
     base = llama.base_model()
     torch.nn.init.ones_(base.model.layers[2].mlp.up_proj.weight)

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from toast_peft import TopDownConfig, initialize_feedback
+from toast_peft.feedback import FeedbackPath
 
 from . import convnets, test_hierarchical
 from .models import (
@@ -206,3 +207,23 @@ def test_batches_that_do_not_fit(batch: tuple | dict) -> None:
     with pytest.raises(ValueError, match="gave a tuple; expected dicts|gave no tokens"):
         initialize_feedback(model, [batch])
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("model_class", VIT_AND_LLAMA)
+def test_hidden_states_that_are_not_finite_or_zero_are_refused(model_class: type) -> None:
+    """One NaN in one batch would make the whole adapter NaN."""
+    model = adapted(tiny_model(model_class))
+    data = batches(model)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    [path] = (module for module in model.modules() if isinstance(module, FeedbackPath))
+    block = path.passes.block_forwards[1].module
+    for value, message in ((float("nan"), "NaN or infinite"), (float("inf"), "NaN or infinite"), (0.0, "all zero")):
+
+        def spoil(block: nn.Module, args: tuple, output: torch.Tensor, value: float = value) -> torch.Tensor:
+            spoilt = output.clone()
+            spoilt[:, 0] = value
+            return spoilt if value else torch.zeros_like(output)
+
+        with block.register_forward_hook(spoil), pytest.raises(ValueError, match=message):
+            initialize_feedback(model, data)
+        assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())

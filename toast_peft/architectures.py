@@ -145,3 +145,22 @@ CONVOLUTIONAL_ARCHITECTURES = {
     "regnet": _RESNET,
     "resnet": _RESNET,
 }
+
+_STATE = "it keeps a state outside of a key-value cache, which pass 1 would advance as well"
+# Model types that have a value projection in each block and cannot be run twice, or not steered by its input, and why.
+# What can be seen from a model is not listed: blocks inside of blocks, and value projections of another width than the
+# hidden states.
+UNSUITABLE = {
+    "gemma3n_text": "its blocks hand on several copies of the hidden states, and the attention sees one of them",
+    "led": "its attention swaps the batch and the tokens",
+    "longformer": "its attention swaps the batch and the tokens",
+    "minimax": "the state of its linear attention is in a cache of its own kind, which holds one pass only",
+    "patchtst": "its attention has the channels of a series as rows of the batch",
+    "recurrent_gemma": _STATE,
+    "reformer": _STATE,
+    "rwkv": _STATE,
+    "vilt": "it puts the patches of an image into a random order, another one in each pass",
+    "vit_mae": "it puts the patches of an image into a random order, another one in each pass",
+    "wavlm": "its attention computes with the weight of the value projection, past the layer",
+    "xlstm": _STATE,
+}

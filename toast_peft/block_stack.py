@@ -11,6 +11,7 @@ from .architectures import (
     ARCHITECTURES,
     CONVOLUTIONAL_ARCHITECTURES,
     HIERARCHICAL_ARCHITECTURES,
+    UNSUITABLE,
     Architecture,
 )
 from .config import TopDownConfig
@@ -19,6 +20,13 @@ from .value_projection import ValueColumns, input_size, output_size
 # The last part of the name of projections that compute more than values. Adding the feedback to their input would
 # change the queries or keys as well.
 _FUSED_PROJECTIONS = {"Wqkv", "c_attn", "in_proj", "kv_b_proj", "qkv", "qkv_proj", "query_key_value"}
+# The last part of the name of layers that compute something else than values.
+_NO_VALUE_PROJECTIONS = {
+    *("q", "q_lin", "q_proj", "queries", "query", "query_proj", "to_q", "wq"),
+    *("k", "k_lin", "k_proj", "key", "key_proj", "keys", "to_k", "wk"),
+    *("o", "o_proj", "out_lin", "out_proj", "output", "to_out", "wo"),
+    *("c_fc", "c_proj", "down_proj", "fc1", "fc2", "gate_proj", "up_proj"),
+}
 # Attention to the states of an encoder. Its values are not of the tokens that the feedback is of.
 _CROSS_ATTENTION = {"EncDecAttention", "cross_attn", "crossattention", "encoder_attn"}
 
@@ -86,7 +94,16 @@ def find_block_stacks(model: nn.Module, config: TopDownConfig) -> list[BlockStac
         stacks = _stacks_by_model_type(model, known)
     else:
         stacks = _stacks_by_target_modules(model, known, config)
-    return [_select_blocks(stack, config) for stack in stacks]
+    for stack in stacks:
+        _check_that_it_can_run_twice(model, stack)
+    names = [name for stack in stacks for name in stack.names]
+    stacks = [_select_blocks(stack, config) for stack in stacks]
+    if config.exclude_modules and not any(stack.excluded for stack in stacks):
+        raise ValueError(
+            f"`exclude_modules={config.exclude_modules!r}` matches none of the value projections, {_some(names)}; "
+            "expected names or a regular expression of some of them."
+        )
+    return stacks
 
 
 def model_type_of(module: nn.Module) -> str:
@@ -118,6 +135,8 @@ def join_names(*names: str) -> str:
 
 def _stacks_by_model_type(model: nn.Module, known: dict[str, Architecture]) -> list[BlockStack]:
     if not known:
+        for module in model.modules():
+            _refuse_unsuitable(module)
         types = sorted([*ARCHITECTURES, *HIERARCHICAL_ARCHITECTURES, *CONVOLUTIONAL_ARCHITECTURES])
         raise ValueError(
             f"TOAST does not know where the value projections of {type(model).__name__} (model type "
@@ -184,7 +203,9 @@ def _stacks_by_target_modules(
             name: int(name[len(blocks_name) + 1 :].split(".")[0]) for name in matched if lists[name] == blocks_name
         }
         backbone_name, architecture = _backbone_of(blocks_name, known)
+        _check_list_of_blocks(model, blocks_name)
         _check_value_projections(names, config, architecture)
+        _check_what_they_compute(model, names, config, blocks_name, architecture)
         stacks.append(_make_stack(model, backbone_name, blocks_name, architecture, names))
     return stacks
 
@@ -213,6 +234,14 @@ def _list_of_blocks(model: nn.Module, name: str) -> str | None:
     return None
 
 
+def _check_list_of_blocks(model: nn.Module, blocks_name: str) -> None:
+    if any(isinstance(block, nn.ModuleList) for block in model.get_submodule(blocks_name)):
+        raise ValueError(
+            f"TOAST does not support {type(model).__name__}: {blocks_name} is a list of lists, one for each stage; "
+            "expected a list of blocks."
+        )
+
+
 def _some(names: list[str]) -> str:
     shown = ", ".join(names[:3]) or "no module"
     return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
@@ -238,6 +267,45 @@ def _check_value_projections(names: dict[str, int], config: TopDownConfig, archi
             raise ValueError(
                 f"`target_modules={config.target_modules!r}` matches {len(in_block)} modules in block {index} "
                 f"({_some(in_block)}); expected only its value projection, for example target_modules=['v_proj']."
+            )
+
+
+def _check_what_they_compute(
+    model: nn.Module, names: dict[str, int], config: TopDownConfig, blocks_name: str, architecture: Architecture | None
+) -> None:
+    """Refuse what does not compute values, by what is known of the model type or else by its name."""
+    for name, index in names.items():
+        known = architecture and f"{blocks_name}.{index}.{architecture.value_projection}"
+        if known and find_submodule(model, known) is not None:  # its blocks are those of the model type
+            computes_values, expected = name == known, f"{architecture.value_projection!r} of each block"
+        else:
+            computes_values = name.rpartition(".")[2] not in _NO_VALUE_PROJECTIONS
+            expected = "the layer of each block that computes the values of its attention, for example ['v_proj']"
+        if not computes_values:
+            raise ValueError(
+                f"`target_modules={config.target_modules!r}` matches {name}, which does not compute values; expected "
+                f"{expected}."
+            )
+
+
+def _refuse_unsuitable(module: nn.Module) -> None:
+    model_type = model_type_of(module)
+    if model_type in UNSUITABLE:
+        raise ValueError(f"TOAST does not support the model type {model_type!r}: {UNSUITABLE[model_type]}.")
+
+
+def _check_that_it_can_run_twice(model: nn.Module, stack: BlockStack) -> None:
+    """Refuse models that the two passes would get wrong, as far as that can be seen before they run."""
+    names = stack.blocks_name.split(".")
+    around = [model.get_submodule(".".join(names[:end])) for end in range(len(names), -1, -1)]
+    _refuse_unsuitable(next((module for module in around if hasattr(module, "config")), model))
+    hidden_size = getattr(getattr(stack.backbone, "config", None), "hidden_size", None)
+    for index, projection in stack.value_projections.items():
+        width = input_size(projection)
+        if isinstance(hidden_size, int) and width not in (None, hidden_size):
+            raise ValueError(
+                f"TOAST does not support {type(model).__name__}: the value projection of block {index} takes {width} "
+                f"channels and not the {hidden_size} of the hidden states, so they are not what it projects."
             )
 
 

@@ -149,13 +149,19 @@ def from_official_checkpoint(
 
 
 def _read(checkpoint: Mapping[str, torch.Tensor] | str | os.PathLike) -> dict[str, torch.Tensor]:
-    if isinstance(checkpoint, Mapping):
+    if not isinstance(checkpoint, (str, os.PathLike)):
         tensors = checkpoint
     elif str(checkpoint).endswith(".safetensors"):
         tensors = load_file(checkpoint)
     else:
         tensors = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    tensors = tensors.get("model", tensors)  # the official trainer saves {"model": state dict, "optimizer": ...}
+    if isinstance(tensors, Mapping):  # the official trainer saves {"model": state dict, "optimizer": ...}
+        tensors = tensors.get("model", tensors)
+    if not isinstance(tensors, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise ValueError(
+            f"The official checkpoint is a {type(tensors).__name__}; expected a state dict, a dict of tensors, or the "
+            "path of a file that holds one."
+        )
     return {
         name.removeprefix("module."): tensor
         for name, tensor in tensors.items()

@@ -137,6 +137,7 @@ class Prompt(nn.Module):
 
     def __init__(self, hidden_size: int, std: float) -> None:
         super().__init__()
+        self.hidden_size = hidden_size
         self.weight = nn.Parameter(std * torch.randn(hidden_size))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
@@ -147,7 +148,15 @@ class Prompt(nn.Module):
 
         Returns:
             Weights in [0, 1]. Shape: [b, n, 1]
+
+        Raises:
+            ValueError: if the features are of another size than the input of the value projections.
         """
+        if features.shape[-1] != self.hidden_size:
+            raise ValueError(
+                f"The hidden states have {features.shape[-1]} channels and the value projections take "
+                f"{self.hidden_size}; TOAST does not support attention to something else than the hidden states."
+            )
         # As the official code: an eps of 1e-12 on each norm, which float16 does not have. And not a matmul, which
         # autocast would run in low precision.
         dtype = torch.promote_types(self.weight.dtype, torch.float32)

@@ -45,7 +45,8 @@ class Statistics:
         self.mean_feature: torch.Tensor | float = 0.0  # [d], not divided by the number of tokens
         self.grams: dict[int, torch.Tensor | float] = dict.fromkeys(self.blocks, 0.0)  # output' output, [d, d]
         self.differences: dict[int, torch.Tensor | float] = dict.fromkeys(self.blocks, 0.0)  # output' (input - output)
-        self.of_blocks: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # input and output of this forward
+        # Input and output in pass 1 of this forward, None when it is over.
+        self.of_blocks: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None
         self.attention_mask: torch.Tensor | None = None
 
     @property
@@ -68,9 +69,14 @@ class Statistics:
         self.of_blocks = {}
 
     def keep(self, index: int, block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        """A hook: input and output of a block in pass 1, which comes first."""
+        """A hook: input and output of a block in pass 1."""
+        if self.of_blocks is None or index not in self.grams:
+            return
+        if index in self.of_blocks:  # It runs several times (ALBERT), and its linear1 undoes all of them at once.
+            del self.grams[index], self.differences[index], self.of_blocks[index]
+            return
         hidden_states = args[0] if args else kwargs["hidden_states"]
-        self.of_blocks.setdefault(index, (hidden_states, hidden_states_of(output)))
+        self.of_blocks[index] = hidden_states, hidden_states_of(output)
 
     def add(self, path: FeedbackPath, args: tuple) -> None:
         """A hook: the features, after pass 1."""
@@ -81,6 +87,7 @@ class Statistics:
             hidden_states, output = map(self._tokens, of_block)
             self.grams[index] = self.grams[index] + output.T @ output
             self.differences[index] = self.differences[index] + output.T @ (hidden_states - output)
+        self.of_blocks = None
 
     def _tokens(self, x: torch.Tensor) -> torch.Tensor:
         """All tokens but padding. Shape: [b, ..., d] -> [tokens, d]"""
@@ -92,6 +99,19 @@ class Statistics:
                 )
             x = x[self.attention_mask.to(x.device) != 0]
         return x.reshape(-1, x.shape[-1]).double()
+
+    def check(self) -> None:
+        """Raise a ValueError if no weights follow from what was collected."""
+        if self.num_tokens == 0:
+            raise ValueError("The dataloader gave no tokens; expected at least one batch that has some.")
+        sums = (self.mean_feature, *self.grams.values(), *self.differences.values())
+        if not all(total.isfinite().all() for total in sums):
+            raise ValueError(
+                "The hidden states of the data are NaN or infinite; expected finite ones. Look for NaN in the "
+                "batches, or run the model in another dtype; the adapter is unchanged."
+            )
+        if not all(total.any() for total in (self.mean_feature, *self.grams.values())):
+            raise ValueError("The hidden states of the data are all zero; the adapter is unchanged.")
 
     def new_weights(self, ridge: float) -> list[tuple[nn.Parameter, torch.Tensor]]:
         """The prompt and the matrices of the chain, each with its new values.
@@ -124,7 +144,7 @@ def initialize_feedback(
     no-op.
 
     Only the prompt is set for TOAST-Lite, ConvNets and hierarchical transformers, and for adapters that do not start
-    from identities (`init_weights=False`, `pretrained_feedback`).
+    from identities (`init_weights=False`, `pretrained_feedback`); so for blocks that run several times in a pass.
 
     Args:
         model: has the adapter, which must be active.
@@ -133,7 +153,8 @@ def initialize_feedback(
         ridge: how much each `linear1` is held at the identity, relative to the mean square of the block's output.
 
     Raises:
-        ValueError: if the model has no such active adapter, or if the dataloader gives no dicts or no tokens.
+        ValueError: if the model has no such active adapter, if the dataloader gives no dicts or no tokens, or if the
+            hidden states are not finite or all zero. The adapter is unchanged then.
 
     Example:
 
@@ -148,8 +169,8 @@ def initialize_feedback(
         raise ValueError(f"`adapter_name` is {adapter_name!r}; expected the active TOAST adapter, which is {active}.")
     statistics = [Statistics(backbone, adapter_name) for backbone, _ in backbones]
     _run(model, dataloader, statistics)
-    if any(collected.num_tokens == 0 for collected in statistics):
-        raise ValueError(f"The dataloader {dataloader!r} gave no tokens; expected at least one batch that has some.")
+    for collected in statistics:
+        collected.check()
     weights = [pair for collected in statistics for pair in collected.new_weights(ridge)]
     for parameter, values in weights:
         parameter.copy_(values)

@@ -5,8 +5,8 @@
 
 The backbone's own forward is called for both passes, so masks, position embeddings and whatever else the model does
 around its blocks stay its own. In pass 1 the blocks from `feedback_from` on hand their input through; in pass 2 the
-blocks below `feedback_to` return what pass 1 computed, which is the same. Pass 1 runs without dropout (`dropout.py`); if
-there is any, these blocks run again in pass 2.
+blocks below `feedback_to` return what pass 1 computed, which is the same. Pass 1 runs without dropout (`dropout.py`);
+if there is any, these blocks run again in pass 2.
 
 The backbone and its blocks get another `forward`, the value projections hooks. Python state says which pass is
 running; it is kept per thread and restored when a forward ends, however it ends.
@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from .block_stack import BlockStack
 from .cache import (
@@ -33,6 +34,7 @@ from .checkpointing import CheckpointWithFeedback, unwrap_checkpoint, wrap_check
 from .config import TopDownConfig
 from .dropout import has_dropout, pass_without_dropout
 from .feedback import FeedbackPath
+from .recording import RecordingPaused
 from .run import SINGLE_PASS, Run, ThreadState
 from .value_projection import ValueColumns, ValueHooks
 from .variational_loss import LossHook, Reconstruction, padding_to_leave_out
@@ -115,11 +117,18 @@ class BlockForward(ReplacedForward):
         if self.is_skipped(run):
             # Unchanged hidden states in the form a block of this model returns them.
             return run.last_output
+        if self.index in run.outputs:  # it runs several times (ALBERT), and only the last output is kept
+            run.repeat_lower_blocks = True
         output = self.original(*args, **kwargs)
         run.keep(self.index, output)
         return output
 
     def _second_pass(self, run: Run, *args: Any, **kwargs: Any) -> Any:
+        if run.reconstruction is not None and self.index in run.steered:
+            raise NotImplementedError(
+                f"`variational_weight` is set, but block {self.index} runs several times in a pass (as in ALBERT) and "
+                "its `linear1` computes the input of a block that runs once; set it to 0."
+            )
         output = self.original(*args, **kwargs)
         if self.index in run.feedback and self.index not in run.steered:
             raise NotImplementedError(
@@ -156,9 +165,12 @@ class BackboneForward(ReplacedForward):
         parameters = inspect.signature(stack.backbone.forward).parameters
         self.argument_names = tuple(parameters)
         takes_any = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values())
-        # What a caller wants to record is recorded in pass 2.
+        self.records_itself = isinstance(stack.backbone, PreTrainedModel)
+        # What a caller wants to record is recorded in pass 2. Other modules may hand all they take on to their blocks.
         recordings = ("output_hidden_states", "output_attentions")
-        self.not_recorded = {name: False for name in recordings if takes_any or name in parameters}
+        self.not_recorded = {
+            name: False for name in recordings if name in parameters or (takes_any and self.records_itself)
+        }
         super().__init__(stack.backbone, state)
         self.blocks = stack.blocks
         self.blocks_name = stack.blocks_name
@@ -247,7 +259,8 @@ class BackboneForward(ReplacedForward):
     def _first_pass(self, run: Run, kwargs: dict[str, Any]) -> None:
         self.state.run = run
         needs_graph = torch.is_grad_enabled() and self._first_pass_is_trained(run, kwargs)
-        with nullcontext() if needs_graph else torch.no_grad(), self._without_dropout(run, needs_graph):
+        recording = nullcontext() if self.records_itself else RecordingPaused()
+        with nullcontext() if needs_graph else torch.no_grad(), self._without_dropout(run, needs_graph), recording:
             self.original(**{**kwargs, **self.not_recorded})
         if run.last_output is None:
             raise NotImplementedError(

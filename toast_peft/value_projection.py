@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.utils.hooks import RemovableHandle
 
 
 class ValueColumns(NamedTuple):
@@ -53,13 +55,20 @@ class ValueHooks:
         self.index = index
         self.arrange = arrange
         self.columns = columns
-        if columns is not None:
-            self.handles = [value_projection.register_forward_hook(self.replace_values)]
-            return
-        self.handles = [
-            value_projection.register_forward_pre_hook(self.add_feedback),
-            value_projection.register_forward_hook(self.add_bias_again),
+        self.handles = self._hang_on(value_projection)
+
+    def _hang_on(self, module: nn.Module) -> list[RemovableHandle]:
+        if self.columns is not None:
+            return [module.register_forward_hook(self.replace_values)]
+        return [
+            module.register_forward_pre_hook(self.add_feedback),
+            module.register_forward_hook(self.add_bias_again),
         ]
+
+    def move_to(self, module: nn.Module) -> None:
+        """Take the hooks to the module that comes into the place of the value projection."""
+        self.remove()
+        self.handles = self._hang_on(module)
 
     def add_feedback(self, module: nn.Module, args: tuple) -> tuple | None:
         """The projection's arguments with the feedback added to the first one."""
@@ -93,6 +102,12 @@ class ValueHooks:
         if self.index not in run.steered:
             run.steered.append(self.index)
         td = td if self.arrange is None else self.arrange(td, hidden_states)
+        if td.shape != hidden_states.shape:  # they might still be broadcast
+            raise ValueError(
+                f"The feedback of block {self.index} has the shape {list(td.shape)} and the input of its value "
+                f"projection {list(hidden_states.shape)}; expected the same, as TOAST supports only attention that "
+                "takes its values from the hidden states of the block, token by token."
+            )
         return hidden_states + td.to(device=hidden_states.device, dtype=hidden_states.dtype)
 
     def _bias(self, module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -109,6 +124,25 @@ class ValueHooks:
         """Remove the hooks."""
         for handle in self.handles:
             handle.remove()
+
+
+def _stay_in_place(parent: nn.Module, name: str, module: nn.Module | None) -> None:
+    """Move the hooks of a value projection to what is put in its place: a wrapper of LoRA, or what it has wrapped.
+
+    On the wrapped layer they would give the feedback to the layer alone and not to what LoRA adds to it.
+    """
+    replaced = parent._modules.get(name)
+    if replaced is None or module is None or replaced is module:
+        return
+    for hook in list(replaced._forward_hooks.values()):
+        hooks = getattr(hook, "__self__", None)
+        if isinstance(hooks, ValueHooks):
+            hooks.move_to(module)
+
+
+# torch calls it whenever a module becomes a child of another one. So nothing need be looked for at each forward, and a
+# model that is compiled right after LoRA has been put on it is traced with the hooks where they belong.
+register_module_module_registration_hook(_stay_in_place)
 
 
 def input_size(value_projection: nn.Module) -> int | None:
