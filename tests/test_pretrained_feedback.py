@@ -44,7 +44,6 @@ STARTED = {
     "other rank": {"r": 3, "lora_alpha": 0.5},
     "other alpha": {"r": 2, "lora_alpha": 3},
     "same": {"r": 2},
-    "no alpha": {"r": 2, "lora_alpha": 0},
 }
 SEED = 7
 
@@ -354,7 +353,7 @@ def test_a_file_that_does_not_say_its_type(tmp_path: Path) -> None:
         ({"share_pretrained_feedback": True, "r": 2}, "is about `pretrained_feedback`, which is not given"),
         ({"share_pretrained_feedback": True, "pretrained_feedback": "x"}, "with `r=0` they are trained"),
         ({"share_pretrained_feedback": "no", "pretrained_feedback": "x"}, "is 'no'; expected True or False"),
-        ({"pretrained_feedback": 3}, "`pretrained_feedback` is 3; expected a string"),
+        ({"pretrained_feedback": 3}, "`pretrained_feedback` is 3; expected the path of a saved adapter"),
         ({"base_feedback": ["x"], "r": 2}, "`base_feedback` is .'x'.; expected a string"),
     ],
 )

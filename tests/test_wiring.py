@@ -18,40 +18,48 @@ from .models import VOCAB_SIZE, adapted, tiny_model
 # ------------------------------------------------------------------------------------- a block list that is not called
 
 
+class Block(nn.Module):
+    """A block with values only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.values(x)
+
+
+class WeightUsedDirectly(Block):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + nn.functional.linear(x, self.values.weight, self.values.bias)
+
+
+class Stack(nn.Module):
+    def __init__(self, block_class: type, calls_blocks: bool = True) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(block_class() for _ in range(2))
+        self.calls_blocks = calls_blocks
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x) if self.calls_blocks else x + block.values(x)
+        return x
+
+
 def test_blocks_that_the_model_does_not_call_are_an_error() -> None:
-    """The items of PVT's outermost list are lists themselves, which its forward goes through."""
-    torch.manual_seed(0)
-    config = tf.PvtConfig(
-        image_size=32,
-        num_encoder_blocks=2,
-        depths=[1, 1],
-        sequence_reduction_ratios=[2, 1],
-        hidden_sizes=[8, 8],
-        patch_sizes=[4, 2],
-        strides=[4, 2],
-        num_attention_heads=[1, 2],
-        mlp_ratios=[2, 2],
-    )
-    model = tf.PvtModel(config).eval()
-    images = torch.randn(1, 3, 32, 32)
-    expected = model(images)[0]
-    model = adapted(model, target_modules=r"encoder\.block\..*attention\.self\.value")
-    with pytest.raises(NotImplementedError, match=r"No block of 'encoder\.block' was called by the forward of Pvt"):
-        model(pixel_values=images)
+    base, x = Stack(Block, calls_blocks=False), torch.randn(1, 3, 8)
+    expected = base(x)
+    model = adapted(base, target_modules=["values"])
+    with pytest.raises(NotImplementedError, match="No block of 'blocks' was called by the forward of Stack"):
+        model(x)
     with model.disable_adapter():
-        torch.testing.assert_close(model(pixel_values=images)[0], expected)
+        assert torch.equal(model(x), expected)
 
 
 def test_value_projection_that_its_block_does_not_call_is_an_error() -> None:
-    """WavLM hands the weights of its projections to a function."""
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
-    convolutions = {"conv_dim": [8], "conv_stride": [4], "conv_kernel": [4], "num_feat_extract_layers": 1}
-    positions = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
-    torch.manual_seed(0)
-    model = tf.WavLMModel(tf.WavLMConfig(**sizes, **convolutions, **positions)).eval()
-    model = adapted(model, target_modules=["v_proj"])
-    with pytest.raises(NotImplementedError, match="Block 0, a WavLMEncoderLayer, does not call the value projection"):
-        model(input_values=torch.randn(1, 80))
+    model = adapted(Stack(WeightUsedDirectly), target_modules=["values"])
+    with pytest.raises(NotImplementedError, match="Block 0, a WeightUsedDirectly, does not call the value projection"):
+        model(torch.randn(1, 3, 8))
 
 
 # ----------------------------------------------------------------------------------------------- names of transformers

@@ -48,6 +48,7 @@ def _are_token_indices(value: list[int] | dict[str, list[int]]) -> bool:
 _BLOCK = ("a block index or a fraction of the depth", _not_negative)
 _NAMES = ("a list of module names, or a valid regular expression as a string", _are_names)
 _SWITCH = ("True or False", _any)
+_TEXT = ("a string", _any)
 # What is expected of an option in words, and what a value must fulfil besides being None or of the right type.
 _EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "r": ("0 (full feedback layers) or a positive rank (Lite)", _not_negative),
@@ -67,6 +68,13 @@ _EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "variational_weight": ("0 or a positive number", _not_negative),
     "variational_ignore_padding": _SWITCH,
     "pretrained_feedback": ("the path of a saved adapter or its id on the Hub, as a string", _any),
+    "pretrained_revision": _TEXT,
+    "pretrained_subfolder": _TEXT,
+    "share_pretrained_feedback": _SWITCH,
+    "base_feedback": _TEXT,
+    "base_feedback_revision": _TEXT,
+    "base_feedback_subfolder": _TEXT,
+    "base_feedback_sha256": _TEXT,
     "backbone_type": ("a model type, as a string", _any),
     "num_blocks": ("the number of blocks of the model, or a list with that of each stack", _positive),
     "hidden_size": ("the hidden size of the model", _positive),

@@ -66,8 +66,8 @@ def _parts(layer: TopDownLayer, adapter_name: str) -> dict[str, nn.Module]:
 
 
 def _goes_on(saved: TopDownConfig, config: TopDownConfig) -> bool:
-    """Whether the new adapter starts with the factors of the saved one; with `lora_alpha=0` these would do nothing."""
-    return 0 < saved.r == config.r and config.lora_alpha != 0
+    """Whether the new adapter starts with the factors of the saved one."""
+    return 0 < saved.r == config.r
 
 
 def _read(saved: TopDownConfig, config: TopDownConfig) -> tuple[dict[str, torch.Tensor], str | None]:
