@@ -7,6 +7,8 @@ from typing import Any
 from peft import PeftConfig
 from peft.utils import PeftType
 
+from .saved_adapter import SavedAdapter
+
 TRAINABLE_PARTS = ("prompt", "transform", "linear1", "linear2")
 
 # How the official code trains each of its stages. It has no pre-tuning for ViT; the weight is that in its `var_loss`.
@@ -171,6 +173,7 @@ class TopDownConfig(PeftConfig):
         self.peft_type = PeftType.TOPDOWN
         # Only a config that was saved with an adapter is made with these facts about the base model.
         self.is_of_saved_adapter = self.num_blocks is not None
+        self.saved_adapter: SavedAdapter | None = None  # where it was read from, until it is used; never saved
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
@@ -184,6 +187,27 @@ class TopDownConfig(PeftConfig):
                 "`layers_to_transform` cannot be used when `target_modules` is a regular expression; "
                 "select the blocks in the expression."
             )
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> "TopDownConfig":
+        """Read the config of a saved adapter. PEFT calls this first when it loads one.
+
+        When the adapter is added to a model with this config, its weights are checked before the model is changed.
+        `PeftConfig.from_pretrained` reads the config without its weights being looked at.
+
+        Args:
+            pretrained_model_name_or_path: path or Hub id.
+            subfolder: folder in it.
+            kwargs: those of `hf_hub_download`.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        if isinstance(config, TopDownConfig):
+            arguments, _, _ = cls._split_kwargs(kwargs)
+            arguments |= {} if subfolder is None else {"subfolder": subfolder}
+            config.saved_adapter = SavedAdapter(pretrained_model_name_or_path, arguments, config.to_dict())
+        return config
 
     @classmethod
     def official_stage(cls, name: str, **options: Any) -> "TopDownConfig":

@@ -18,6 +18,7 @@ Notation used for tensor shapes:
 
 import math
 import re
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -325,8 +326,6 @@ class FeedbackPath(nn.Module):
         super().__init__()
         self.selection = FeatureSelection(value_projection)
         self.layers = nn.ModuleDict()
-        # Adapters made from a saved config, until their weights are loaded: the parameters that were trainable before.
-        self.awaiting_weights: dict[str, set[str]] = {}
 
     def add_block(self, index: int, value_projection: nn.Module, config: TopDownConfig) -> FeedbackLayer:
         """The feedback layer of a block, made if it is not there."""
@@ -341,6 +340,14 @@ class FeedbackPath(nn.Module):
         if self.selection.disable_adapters:
             return None
         return next((name for name in self.selection.active_adapters if name in self.selection.topdown_config), None)
+
+    def drop_adapter(self, adapter_name: str) -> None:
+        """Drop the weights of an adapter, which stays the active one: another of the same name takes its place."""
+        for layer in (self.selection, *self.layers.values()):
+            containers = [getattr(layer, name) for name in layer.adapter_layer_names + layer.other_param_names]
+            for container in (*containers, layer.frozen_peft_weight_names):
+                if adapter_name in container:
+                    del container[adapter_name]
 
     def blocks_of(self, adapter_name: str) -> list[int]:
         """Indices of the blocks that receive feedback, from the top down."""
@@ -372,6 +379,14 @@ class FeedbackPath(nn.Module):
             layer = self.layers[str(index)]
             z, feedback[index] = layer(to_device_of(layer, z), adapter_name)
         return feedback
+
+
+def feedback_paths(model: nn.Module) -> Iterator[tuple[nn.Module, FeedbackPath]]:
+    """All backbones in the model that have a feedback path, with it."""
+    for module in model.modules():
+        path = module._modules.get("feedback_path")
+        if isinstance(path, FeedbackPath):
+            yield module, path
 
 
 def belongs_to(adapter_name: str, parameter_name: str) -> bool:

@@ -7,20 +7,23 @@ from typing import Any, ClassVar
 
 import torch
 from peft import PeftConfig, PeftModel
-from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .block_stack import BlockStack
 from .config import TopDownConfig
 from .convolutional_feedback import ConvolutionalFeedbackPath
-from .feedback import NO_MERGE, FeedbackPath, TopDownLayer, belongs_to
+from .feedback import NO_MERGE, FeedbackPath, TopDownLayer, feedback_paths
 from .find_stacks import find_stacks
 from .hierarchical_feedback import HierarchicalFeedbackPath
 from .hierarchical_passes import TwoPassesOverHierarchy
 from .hierarchical_stack import HierarchicalStack
+from .loading import SAVED_PREFIX, PendingLoad, by_names_of_parameters, check_rank, check_weights
 from .passes import TwoPasses
 from .pretrained_feedback import copy_weights, start_from_pretrained
+from .snapshot import Snapshot, restored_on_failure
 from .stage_passes import TwoPassesOverStages
 from .stage_stack import StageStack
 
@@ -41,28 +44,45 @@ class TopDownModel(BaseTuner):
     tuner_layer_cls = TopDownLayer
     target_module_mapping: ClassVar[dict] = {}
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         # For new adapters that start from a saved one its weights, until PEFT has chosen their dtype.
         self._pretrained: dict[str, dict[str, torch.Tensor]] = {}
-        super().__init__(*args, **kwargs)
+        # Adapters of saved configs, until PEFT has loaded their weights.
+        self._pending_loads: dict[str, PendingLoad] = {}
+        # Taken now: if the model has adapters already, PEFT puts the config among theirs before the injection.
+        self._before: Snapshot | None = Snapshot(model)
+        super().__init__(model, *args, **kwargs)
 
     # ------------------------------------------------------------------------------------------------- injection
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter to the model; called by PEFT. On failure the model is as it was before."""
-        trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        try:
+        """Add an adapter to the model; called by PEFT.
+
+        An adapter of the same name, of an earlier `get_peft_model` on the same base model, is replaced. On failure the
+        model is as it was before.
+        """
+        before, self._before = self._before or Snapshot(self), None
+        with restored_on_failure(before):
+            weights = self._read_saved_weights(adapter_name)
+            _drop_adapter(model, adapter_name)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             config = self.peft_config[adapter_name]
-            is_loaded = config.is_of_saved_adapter and config.pretrained_feedback is None
             if config.pretrained_feedback is not None:
                 self._pretrained[adapter_name] = start_from_pretrained(self.model, adapter_name, config)
-        except Exception:
-            _undo_injection(model, adapter_name, trainable)
-            raise
-        if is_loaded:
-            for stack in self._stacks:
-                stack.backbone.feedback_path.awaiting_weights[adapter_name] = trainable
+            elif config.is_of_saved_adapter:
+                self._pending_loads[adapter_name] = PendingLoad(before, model, adapter_name)
+            if weights is not None:
+                check_weights(model, adapter_name, by_names_of_parameters(model, adapter_name, weights))
+
+    def _read_saved_weights(self, adapter_name: str) -> dict[str, torch.Tensor] | None:
+        """The weights that PEFT will load, if it is known where; it reads them when the adapter is in the model."""
+        config = self.peft_config[adapter_name]
+        saved, config.saved_adapter = config.saved_adapter, None
+        if saved is None or not saved.is_of(config):
+            return None
+        weights = saved.read_weights()
+        check_rank(config, weights)
+        return weights
 
     def _prepare_adapter_config(self, peft_config: TopDownConfig, model_config: dict) -> TopDownConfig:
         # Everything that can be wrong with the config is found here, before the model is touched.
@@ -174,22 +194,16 @@ class TopDownModel(BaseTuner):
         cls, model: nn.Module, config: TopDownConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        base_model = model.get_base_model() if isinstance(model, PeftModel) else model
-        expected = {
-            name: tuple(parameter.shape)
-            for name, parameter in base_model.named_parameters()
-            if belongs_to(adapter_name, name)
-        }
-        found = {name.removeprefix("base_model.model."): tuple(tensor.shape) for name, tensor in remapped.items()}
-        problems = describe_differences(expected, {name: found[name] for name in found if cls.prefix in name})
-        trainable = [path.awaiting_weights.pop(adapter_name, None) for _, path in feedback_paths(base_model)]
-        if problems:
-            if any(names is not None for names in trainable):
-                _undo_injection(base_model, adapter_name, set().union(*filter(None, trainable)))
-            raise ValueError(
-                f"The weights of the TOAST adapter {adapter_name!r} do not fit its config and this model: "
-                + "; ".join(problems)
-            )
+        pending = getattr(model.base_model, "_pending_loads", {}) if isinstance(model, PeftModel) else {}
+        # PEFT removes the prefix where the adapter was injected into a model without a `PeftModel` around it.
+        prefix = "" if isinstance(model, PeftModel) else SAVED_PREFIX
+        try:
+            check_weights(model, adapter_name, {name.removeprefix(prefix): value for name, value in remapped.items()})
+        except ValueError:
+            if adapter_name in pending:
+                pending[adapter_name].undo()
+            raise
+        pending.pop(adapter_name, None)
         return remapped
 
 
@@ -239,28 +253,6 @@ def _check_modules_to_save(model: nn.Module, config: TopDownConfig, stack: Block
             )
 
 
-def describe_differences(expected: dict[str, tuple], found: dict[str, tuple]) -> list[str]:
-    """What differs between two sets of named shapes, in words; empty if nothing does."""
-    problems = []
-    for what, names in (("missing", expected.keys() - found.keys()), ("unexpected", found.keys() - expected.keys())):
-        if names:
-            problems.append(f"{what}: {', '.join(sorted(names))}")
-    shapes = [
-        f"{name} has shape {list(found[name])}, expected {list(expected[name])}"
-        for name in sorted(expected.keys() & found.keys())
-        if tuple(expected[name]) != tuple(found[name])
-    ]
-    return problems + shapes
-
-
-def feedback_paths(model: nn.Module) -> Iterator[tuple[nn.Module, FeedbackPath]]:
-    """All backbones in the model that have a feedback path, with it."""
-    for module in model.modules():
-        path = module._modules.get("feedback_path")
-        if isinstance(path, FeedbackPath):
-            yield module, path
-
-
 def _add_feedback_path(stack: BlockStack) -> None:
     if isinstance(stack, StageStack):
         path = ConvolutionalFeedbackPath(stack.nodes)
@@ -279,28 +271,30 @@ def _remove_feedback_path(backbone: nn.Module) -> None:
     del backbone.feedback_path
 
 
-def _undo_injection(model: nn.Module, adapter_name: str, trainable: set[str]) -> None:
-    """Take an adapter out of a base model again, with all that came with it.
-
-    Args:
-        model: the base model.
-        adapter_name: the adapter to remove. The feedback path goes with its last adapter.
-        trainable: names of the parameters that required a gradient before.
-    """
-    for backbone, path in list(feedback_paths(model)):
-        for module in path.modules():
-            if isinstance(module, TopDownLayer):
-                module.delete_adapter(adapter_name)
+def _drop_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Drop a TOAST adapter, with all that came with it, for another of the same name."""
+    paths = [
+        (backbone, path) for backbone, path in feedback_paths(model) if adapter_name in path.selection.topdown_config
+    ]
+    for backbone, path in paths:
+        path.drop_adapter(adapter_name)
         if not path.selection.topdown_config:
             _remove_feedback_path(backbone)
+    if not paths or _is_of_another_method(model, adapter_name):
+        return
     for name, wrapper in list(model.named_modules()):
-        if isinstance(wrapper, AuxiliaryTrainingWrapper):
+        if isinstance(wrapper, AuxiliaryTrainingWrapper) and adapter_name in wrapper._get_available_adapters():
             wrapper.delete_adapter(adapter_name, [a for a in wrapper.active_adapters if a != adapter_name])
             if not wrapper._get_available_adapters():
                 model.set_submodule(name, wrapper.original_module)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad = name in trainable
-    configs = getattr(model, "peft_config", {})
-    configs.pop(adapter_name, None)
-    if not configs and hasattr(model, "peft_config"):
-        del model.peft_config
+
+
+def _is_of_another_method(model: nn.Module, adapter_name: str) -> bool:
+    """Whether there is one of the same name, of LoRA for example, whose modules to save the model has then."""
+    layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+    return any(
+        adapter_name in getattr(layer, name, ())
+        for layer in layers
+        if not isinstance(layer, (TopDownLayer, TrainableTokensLayer))
+        for name in layer.adapter_layer_names
+    )
