@@ -197,9 +197,9 @@ def turn_prompts(model: PeftModel, inputs: dict[str, torch.Tensor]) -> None:
             output_of(model, inputs)
 
 
-def trained_everywhere(model_class: type, **options: Any) -> PeftModel:
+def trained_everywhere(model: type | nn.Module, **options: Any) -> PeftModel:
     """`steered`, and other trained modules changed as well."""
-    model = steered(tiny_model(model_class), **options)
+    model = steered(tiny_model(model) if isinstance(model, type) else model, **options)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".modules_to_save." in name or "trainable_tokens" in name:

@@ -75,14 +75,18 @@ def check_weights(model: nn.Module, adapter_name: str, weights: dict[str, torch.
     """
     targets = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     expected = {name for name in targets if belongs_to(adapter_name, name)}
-    expected |= set(_names_of_other_modules(model, adapter_name).values()) & targets.keys()
+    expected |= set(_names_of_other_modules(model, adapter_name).values())
     embeddings = _prefixes_of_embeddings(model)
+    # PEFT saves them under other names as well, which it does not load.
     of_embeddings = {name for name in weights.keys() - expected if name.startswith(embeddings)}
     expected |= of_embeddings & targets.keys()
-    found = {name: tuple(weights[name].shape) for name in weights.keys() - (of_embeddings - targets.keys())}
-    problems = describe_differences({name: tuple(targets[name].shape) for name in expected}, found)
-    for name in sorted(expected & found.keys()):
-        problems += _problems_with_values(name, weights[name], targets[name])
+    found = {name: weights[name] for name in weights.keys() - (of_embeddings - targets.keys())}
+    shapes, found_shapes = _shapes(targets), _shapes(found)
+    problems = describe_differences(
+        {name: shapes.get(name, found_shapes.get(name)) for name in expected}, found_shapes
+    )
+    for name in sorted(expected & found.keys() & targets.keys()):
+        problems += _problems_with_values(name, found[name], targets[name])
     if problems:
         raise ValueError(
             f"The weights of the TOAST adapter {adapter_name!r} do not fit its config and this model: "
@@ -104,20 +108,28 @@ def describe_differences(expected: dict[str, tuple], found: dict[str, tuple]) ->
     return problems + shapes
 
 
+def _shapes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
 def _names_of_other_modules(model: nn.Module, adapter_name: str) -> dict[str, str]:
-    """Names in a file and in the model of what `modules_to_save` and `trainable_token_indices` train."""
+    """Names in a file and in the model of what `modules_to_save` and `trainable_token_indices` train.
+
+    PEFT wants them all in the file. Trained tokens of one adapter it wants from every adapter.
+    """
     return {
         f"{name}.{saved}": f"{name}.{loaded}"
         for name, module in model.named_modules()
-        if isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._get_available_adapters()
+        if isinstance(module, AuxiliaryTrainingWrapper)
         for saved, loaded in module.adapter_state_dict_load_map(adapter_name).items()
     }
 
 
 def _prefixes_of_embeddings(model: nn.Module) -> tuple[str, ...]:
-    if not hasattr(model, "get_input_embeddings"):
+    try:
+        embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
+    except (AttributeError, NotImplementedError):  # no model of transformers, or one without token embeddings
         return ()
-    embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
     return tuple(f"{name}." for name, module in model.named_modules() if any(module is layer for layer in embeddings))
 
 

@@ -282,11 +282,12 @@ def _drop_adapter(model: nn.Module, adapter_name: str) -> None:
             _remove_feedback_path(backbone)
     if not paths or _is_of_another_method(model, adapter_name):
         return
-    for name, wrapper in list(model.named_modules()):
-        if isinstance(wrapper, AuxiliaryTrainingWrapper) and adapter_name in wrapper._get_available_adapters():
-            wrapper.delete_adapter(adapter_name, [a for a in wrapper.active_adapters if a != adapter_name])
-            if not wrapper._get_available_adapters():
-                model.set_submodule(name, wrapper.original_module)
+    wrappers = [(name, part) for name, part in model.named_modules() if isinstance(part, AuxiliaryTrainingWrapper)]
+    wrappers = [(name, wrapper) for name, wrapper in wrappers if adapter_name in wrapper._get_available_adapters()]
+    for name, wrapper in wrappers:
+        wrapper.delete_adapter(adapter_name, [a for a in wrapper.active_adapters if a != adapter_name])
+        if not wrapper._get_available_adapters():
+            model.set_submodule(name, wrapper.original_module)
 
 
 def _is_of_another_method(model: nn.Module, adapter_name: str) -> bool:
