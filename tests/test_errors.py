@@ -378,8 +378,14 @@ def test_rank_of_another_adapter_is_refused_before_layers_are_made(tmp_path: Pat
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"r": 10**12}))
     base = tiny_model(tf.ViTModel)
-    with leaves_untouched(base), pytest.raises(ValueError, match=r"`r=1000000000000`.* rank \[4\]"):
+    with leaves_untouched(base), pytest.raises(ValueError, match=r"`r=1000000000000`.* are \[4\]"):
         PeftModel.from_pretrained(base, tmp_path)
+
+
+def test_task_type_that_the_model_is_not_for() -> None:
+    base = tiny_model(tf.LlamaModel)
+    with leaves_untouched(base), pytest.raises(ValueError, match="`task_type='CAUSAL_LM'`.*LlamaModel"):
+        adapted(base, task_type="CAUSAL_LM")
 
 
 def test_saved_config_makes_a_new_adapter(saved: Path) -> None:

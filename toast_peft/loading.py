@@ -39,24 +39,28 @@ def check_rank(config: TopDownConfig, weights: dict[str, torch.Tensor]) -> None:
     Raises:
         ValueError: if the saved factors have another rank.
     """
-    ranks = {tensor.shape[:1] for name, tensor in weights.items() if ".topdown_linear1_A" in name}
-    if config.r > 0 and any(rank != (config.r,) for rank in ranks):
-        found = sorted({size for rank in ranks for size in rank})
+    ranks = {tuple(tensor.shape[:1]) for name, tensor in weights.items() if ".topdown_linear1_A" in name}
+    if config.r > 0 and ranks != {(config.r,)}:
+        found = sorted(size for rank in ranks for size in rank) or "none"
         raise ValueError(
-            f"The config of the TOAST adapter says `r={config.r}`, but the factors in its file have the rank {found}; "
-            "expected the same. One of the two files is damaged or of another adapter."
+            f"The config of the TOAST adapter says `r={config.r}`, but the ranks of the factors in its file are "
+            f"{found}; expected the same. One of the two files is damaged or of another adapter."
         )
 
 
 def by_names_of_parameters(
     model: nn.Module, adapter_name: str, weights: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Weights as they are in a file, by the names of what they are for; those that are for nothing keep their name."""
+    """Weights as they are in a file, by the names of what they are for; others, and second ones, keep their names."""
     parameters = (name for name, _ in model.named_parameters() if belongs_to(adapter_name, name))
     names = {BaseTuner._remove_adapter_name_from_key(name, adapter_name): name for name in parameters}
     names |= _names_of_other_modules(model, adapter_name)
     names = {SAVED_PREFIX + saved: name for saved, name in names.items()}
-    return {names.get(saved, saved.removeprefix(SAVED_PREFIX)): tensor for saved, tensor in weights.items()}
+    found = {}
+    for saved, tensor in weights.items():
+        name = names.get(saved, saved.removeprefix(SAVED_PREFIX))
+        found[saved if name in found else name] = tensor
+    return found
 
 
 def check_weights(model: nn.Module, adapter_name: str, weights: dict[str, torch.Tensor]) -> None:

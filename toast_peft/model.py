@@ -44,14 +44,16 @@ class TopDownModel(BaseTuner):
     tuner_layer_cls = TopDownLayer
     target_module_mapping: ClassVar[dict] = {}
 
-    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, model: nn.Module, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+        if isinstance(peft_config, dict):  # it comes from a `PeftModel`, which is made for a task
+            _check_task_type(model, *peft_config.values())
         # For new adapters that start from a saved one its weights, until PEFT has chosen their dtype.
         self._pretrained: dict[str, dict[str, torch.Tensor]] = {}
         # Adapters of saved configs, until PEFT has loaded their weights.
         self._pending_loads: dict[str, PendingLoad] = {}
         # Taken now: if the model has adapters already, PEFT puts the config among theirs before the injection.
         self._before: Snapshot | None = Snapshot(model)
-        super().__init__(model, *args, **kwargs)
+        super().__init__(model, peft_config, *args, **kwargs)
 
     # ------------------------------------------------------------------------------------------------- injection
 
@@ -72,6 +74,7 @@ class TopDownModel(BaseTuner):
             elif config.is_of_saved_adapter:
                 self._pending_loads[adapter_name] = PendingLoad(before, model, adapter_name)
             if weights is not None:
+                weights = _without_heads_to_come(config, weights)
                 check_weights(model, adapter_name, by_names_of_parameters(model, adapter_name, weights))
 
     def _read_saved_weights(self, adapter_name: str) -> dict[str, torch.Tensor] | None:
@@ -229,6 +232,22 @@ def _with_base_model_facts(config: TopDownConfig, stacks: list[BlockStack]) -> T
     for name, value in facts.items():
         setattr(config, name, value)
     return config
+
+
+def _check_task_type(model: nn.Module, config: TopDownConfig) -> None:
+    # The PEFT models of these tasks ask the model for it when the adapter is in it already.
+    if config.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and not hasattr(model, "prepare_inputs_for_generation"):
+        raise ValueError(
+            f"`task_type={str(config.task_type)!r}` is for a model that generates text, which {type(model).__name__} "
+            "does not; leave `task_type` out, or adapt the model with its language modelling head."
+        )
+
+
+def _without_heads_to_come(config: TopDownConfig, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Without those of heads that PEFT adds by the task type after the injection; it notes them in most configs."""
+    if config.task_type not in ("TOKEN_CLS", "QUESTION_ANS") or config.modules_to_save:
+        return weights
+    return {name: weight for name, weight in weights.items() if not _HEADS_ADDED_BY_PEFT & set(name.split("."))}
 
 
 def _check_modules_to_save(model: nn.Module, config: TopDownConfig, stack: BlockStack) -> None:
