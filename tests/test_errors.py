@@ -18,6 +18,7 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -370,6 +371,21 @@ def test_weights_that_cannot_be_read(damage: str, low_cpu_mem_usage: bool, saved
     model = steered(base)
     with leaves_untouched(model), pytest.raises(ValueError, match=message):
         model.load_adapter(saved, "other", low_cpu_mem_usage=low_cpu_mem_usage)
+
+
+def test_adapter_without_weights_says_so_and_is_replaced_by_the_next(saved: Path) -> None:
+    """Of a config that is passed it is not known where it is from. PEFT fails to read the weights after injection."""
+    content = (saved / "adapter_model.safetensors").read_bytes()
+    cut(saved)
+    base = tiny_model(tf.LlamaForCausalLM)
+    with pytest.raises(SafetensorError):
+        PeftModel.from_pretrained(base, saved, config=PeftConfig.from_pretrained(saved), low_cpu_mem_usage=True)
+    with pytest.raises(RuntimeError, match="has no weights"):
+        output_of(base)
+    (saved / "adapter_model.safetensors").write_bytes(content)
+    model = PeftModel.from_pretrained(base, saved)
+    assert torch.equal(output_of(model), output_of(steered(tiny_model(tf.LlamaForCausalLM))))
+    assert torch.equal(output_of(model.unload()), output_of(tiny_model(tf.LlamaForCausalLM)))
 
 
 def test_rank_of_another_adapter_is_refused_before_layers_are_made(tmp_path: Path) -> None:

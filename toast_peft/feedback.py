@@ -395,9 +395,21 @@ def belongs_to(adapter_name: str, parameter_name: str) -> bool:
 
 
 def to_device_of(module: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor where the module is; the blocks, and with them the feedback layers, may be on several devices."""
+    """The tensor where the module is; the blocks, and with them the feedback layers, may be on several devices.
+
+    Raises:
+        RuntimeError: if the module has no weights, as after a failed load with `low_cpu_mem_usage`.
+    """
     device = next(module.parameters()).device
-    return tensor if device.type == "meta" else tensor.to(device)  # offloaded: the module's own hook will do it
+    if device.type != "meta":
+        return tensor.to(device)
+    is_offloaded = any(hasattr(part, "_hf_hook") for part in module.modules())  # its own hook will fetch the weights
+    if tensor.device.type != "meta" and not is_offloaded:
+        raise RuntimeError(
+            "The TOAST adapter has no weights: it was made with `low_cpu_mem_usage=True` and none have been loaded, or "
+            "loading them has failed. Load it again, or take it away with `delete_adapter`."
+        )
+    return tensor
 
 
 def hidden_states_of(output: torch.Tensor | tuple[Any, ...]) -> torch.Tensor:
