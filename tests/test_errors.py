@@ -373,6 +373,19 @@ def test_weights_that_cannot_be_read(damage: str, low_cpu_mem_usage: bool, saved
         model.load_adapter(saved, "other", low_cpu_mem_usage=low_cpu_mem_usage)
 
 
+def test_weights_in_a_subfolder_are_looked_at(saved: Path) -> None:
+    (saved / "sub").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (saved / name).rename(saved / "sub" / name)
+    base = tiny_model(tf.LlamaForCausalLM)
+    model = PeftModel.from_pretrained(base, saved, subfolder="sub")
+    assert torch.equal(output_of(model), output_of(steered(tiny_model(tf.LlamaForCausalLM))))
+    cut(saved / "sub")
+    base = model.unload()
+    with leaves_untouched(base), pytest.raises(ValueError, match="(?s)cannot be read"):
+        PeftModel.from_pretrained(base, saved, subfolder="sub")
+
+
 def test_adapter_without_weights_says_so_and_is_replaced_by_the_next(saved: Path) -> None:
     """Of a config that is passed it is not known where it is from. PEFT fails to read the weights after injection."""
     content = (saved / "adapter_model.safetensors").read_bytes()

@@ -406,7 +406,7 @@ def to_device_of(module: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
     is_offloaded = any(hasattr(part, "_hf_hook") for part in module.modules())  # its own hook will fetch the weights
     if tensor.device.type != "meta" and not is_offloaded:
         raise RuntimeError(
-            "The TOAST adapter has no weights: it was made with `low_cpu_mem_usage=True` and none have been loaded, or "
+            "The TOAST adapter has no weights: it was made with `low_cpu_mem_usage=True` and none were loaded, or "
             "loading them has failed. Load it again, or take it away with `delete_adapter`."
         )
     return tensor

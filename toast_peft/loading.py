@@ -33,12 +33,20 @@ class PendingLoad:
             self.before.restore()
 
 
-def check_rank(config: TopDownConfig, weights: dict[str, torch.Tensor]) -> None:
-    """Before layers of rank `r` are made, for which a damaged config may ask more memory than there is.
+def read_weights(config: TopDownConfig) -> dict[str, torch.Tensor] | None:
+    """The weights that PEFT will load for a config that was just read, before it changes the model.
+
+    Returns:
+        The weights by their names in the file; `None` if it is not known where the config is from, or if it has got
+        other options since, for a new adapter.
 
     Raises:
-        ValueError: if the saved factors have another rank.
+        ValueError: if they cannot be read or are of another rank than the config. A damaged config may ask for layers
+            that do not fit into memory.
     """
+    if config.saved_adapter is None or not config.saved_adapter.is_of(config):
+        return None
+    weights = config.saved_adapter.read_weights()
     ranks = {tuple(tensor.shape[:1]) for name, tensor in weights.items() if ".topdown_linear1_A" in name}
     if config.r > 0 and ranks != {(config.r,)}:
         found = sorted(size for rank in ranks for size in rank) or "none"
@@ -46,6 +54,7 @@ def check_rank(config: TopDownConfig, weights: dict[str, torch.Tensor]) -> None:
             f"The config of the TOAST adapter says `r={config.r}`, but the ranks of the factors in its file are "
             f"{found}; expected the same. One of the two files is damaged or of another adapter."
         )
+    return weights
 
 
 def by_names_of_parameters(

@@ -20,7 +20,7 @@ from .find_stacks import find_stacks
 from .hierarchical_feedback import HierarchicalFeedbackPath
 from .hierarchical_passes import TwoPassesOverHierarchy
 from .hierarchical_stack import HierarchicalStack
-from .loading import SAVED_PREFIX, PendingLoad, by_names_of_parameters, check_rank, check_weights
+from .loading import SAVED_PREFIX, PendingLoad, by_names_of_parameters, check_weights, read_weights
 from .passes import TwoPasses
 from .pretrained_feedback import copy_weights, start_from_pretrained
 from .snapshot import Snapshot, restored_on_failure
@@ -65,7 +65,7 @@ class TopDownModel(BaseTuner):
         """
         before, self._before = self._before or Snapshot(self), None
         with restored_on_failure(before):
-            weights = self._read_saved_weights(adapter_name)
+            weights = read_weights(self.peft_config[adapter_name])
             _drop_adapter(model, adapter_name)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             config = self.peft_config[adapter_name]
@@ -76,16 +76,7 @@ class TopDownModel(BaseTuner):
             if weights is not None:
                 weights = _without_heads_to_come(config, weights)
                 check_weights(model, adapter_name, by_names_of_parameters(model, adapter_name, weights))
-
-    def _read_saved_weights(self, adapter_name: str) -> dict[str, torch.Tensor] | None:
-        """The weights that PEFT will load, if it is known where; it reads them when the adapter is in the model."""
-        config = self.peft_config[adapter_name]
-        saved, config.saved_adapter = config.saved_adapter, None
-        if saved is None or not saved.is_of(config):
-            return None
-        weights = saved.read_weights()
-        check_rank(config, weights)
-        return weights
+            config.saved_adapter = None
 
     def _prepare_adapter_config(self, peft_config: TopDownConfig, model_config: dict) -> TopDownConfig:
         # Everything that can be wrong with the config is found here, before the model is touched.
