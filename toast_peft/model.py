@@ -74,7 +74,6 @@ class TopDownModel(BaseTuner):
             elif config.is_of_saved_adapter:
                 self._pending_loads[adapter_name] = PendingLoad(before, model, adapter_name)
             if weights is not None:
-                weights = _without_heads_to_come(config, weights)
                 check_weights(model, adapter_name, by_names_of_parameters(model, adapter_name, weights))
             config.saved_adapter = None
 
@@ -232,13 +231,6 @@ def _check_task_type(model: nn.Module, config: TopDownConfig) -> None:
             f"`task_type={str(config.task_type)!r}` is for a model that generates text, which {type(model).__name__} "
             "does not; leave `task_type` out, or adapt the model with its language modelling head."
         )
-
-
-def _without_heads_to_come(config: TopDownConfig, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Without those of heads that PEFT adds by the task type after the injection; it notes them in most configs."""
-    if config.task_type not in ("TOKEN_CLS", "QUESTION_ANS") or config.modules_to_save:
-        return weights
-    return {name: weight for name, weight in weights.items() if not _HEADS_ADDED_BY_PEFT & set(name.split("."))}
 
 
 def _check_modules_to_save(model: nn.Module, config: TopDownConfig, stack: BlockStack) -> None:
