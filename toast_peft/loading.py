@@ -153,4 +153,4 @@ def _problems_with_values(name: str, tensor: torch.Tensor, target: torch.Tensor)
     # As large as the parameter takes it. Parameters of half precision become float32 ones before they are loaded.
     values = tensor.to(torch.promote_types(target.dtype, torch.float32)) if target.is_floating_point() else tensor
     finite = values.isfinite()
-    return [] if finite.all() else [f"{name} has {int((~finite).sum())} values that are no finite numbers"]
+    return [] if finite.all() else [f"{name} has {int((~finite).sum())} of {finite.numel()} values not finite"]

@@ -6,7 +6,7 @@ from copy import copy
 from typing import Any, ClassVar
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, TaskType
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -46,7 +46,8 @@ class TopDownModel(BaseTuner):
 
     def __init__(self, model: nn.Module, peft_config: Any, *args: Any, **kwargs: Any) -> None:
         if isinstance(peft_config, dict):  # it comes from a `PeftModel`, which is made for a task
-            _check_task_type(model, *peft_config.values())
+            for config in peft_config.values():
+                _check_task_type(model, config)
         # For new adapters that start from a saved one its weights, until PEFT has chosen their dtype.
         self._pretrained: dict[str, dict[str, torch.Tensor]] = {}
         # Adapters of saved configs, until PEFT has loaded their weights.
@@ -228,8 +229,8 @@ def _check_task_type(model: nn.Module, config: TopDownConfig) -> None:
     # The PEFT models of these tasks ask the model for it when the adapter is in it already.
     if config.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and not hasattr(model, "prepare_inputs_for_generation"):
         raise ValueError(
-            f"`task_type={str(config.task_type)!r}` is for a model that generates text, which {type(model).__name__} "
-            "does not; leave `task_type` out, or adapt the model with its language modelling head."
+            f"`task_type={TaskType(config.task_type).value!r}` is for a model that generates text, which "
+            f"{type(model).__name__} does not; leave it out, or adapt the model with its language modelling head."
         )
 
 

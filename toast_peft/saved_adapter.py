@@ -1,6 +1,6 @@
 """Where a config was read from, so that the weights next to it can be looked at before a model is changed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,13 +22,13 @@ class SavedAdapter:
     """
 
     model_id: str
-    arguments: dict[str, Any]
+    arguments: dict[str, Any] = field(repr=False)  # a token may be among them
     config: dict[str, Any]
 
     def is_of(self, config: PeftConfig) -> bool:
         """Whether the config is still the one that was read; one with other options is for a new adapter."""
-        options = config.to_dict()
-        return all(options[name] == value for name, value in self.config.items() if name not in _SET_BY_PEFT)
+        unset = dict.fromkeys(_SET_BY_PEFT)
+        return config.to_dict() | unset == self.config | unset
 
     def read_weights(self) -> dict[str, torch.Tensor]:
         """The saved weights, by their names in the file.

@@ -35,7 +35,8 @@ class Snapshot:
             container.clear()
             container.extend(content) if isinstance(container, list) else container.update(content)
         for parameter, requires_grad in self.requires_grad:
-            parameter.requires_grad = requires_grad
+            if parameter.requires_grad != requires_grad:
+                parameter.requires_grad = requires_grad
 
 
 @contextmanager
