@@ -12,6 +12,12 @@ torch.set_num_threads(1)
 logging.set_verbosity_error()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--damaged-adapters", type=int, default=300, help="how many of them tests/test_damaged_adapters.py tries"
+    )
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)

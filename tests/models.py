@@ -163,6 +163,38 @@ def move_adapter(model: PeftModel, name: str = "default") -> None:
             add_noise(parameter)
 
 
+def state_of(model: nn.Module) -> dict[str, Any]:
+    """Everything that a model is made of: modules, attributes, hooks, flags, adapters, and a copy of all weights."""
+    state = {
+        f"{name}: {key}": _content(value)
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+    }
+    requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    weights = {name: (tensor.dtype, tensor.clone()) for name, tensor in model.state_dict().items()}
+    return {"modules": state, "requires_grad": requires_grad, "weights": weights}
+
+
+def _content(value: Any) -> Any:
+    if isinstance(value, dict):
+        return [(key, _content(entry)) for key, entry in value.items()]
+    if isinstance(value, (list, tuple)):
+        return [_content(entry) for entry in value]
+    return value if isinstance(value, (str, int, float, set)) else id(value)
+
+
+def assert_state_is(model: nn.Module, before: dict[str, Any]) -> None:
+    """Everything is as it was when `state_of` was called, down to the last bit."""
+    now = state_of(model)
+    for part in ("modules", "requires_grad"):
+        assert now[part].keys() == before[part].keys()
+        assert [key for key in before[part] if now[part][key] != before[part][key]] == []
+    weights = now["weights"]
+    assert list(weights) == list(before["weights"])
+    for name, (dtype, tensor) in before["weights"].items():
+        assert weights[name][0] == dtype and torch.equal(weights[name][1], tensor), name
+
+
 def paths_of(model: nn.Module) -> list[FeedbackPath]:
     """The feedback paths, from the input to the output."""
     return [module for module in model.modules() if isinstance(module, FeedbackPath)]
@@ -180,9 +212,9 @@ def turn_prompts(model: PeftModel, inputs: dict[str, torch.Tensor]) -> None:
             output_of(model, inputs)
 
 
-def trained_everywhere(model_class: type, **options: Any) -> PeftModel:
+def trained_everywhere(model: type | nn.Module, **options: Any) -> PeftModel:
     """`steered`, and other trained modules changed as well."""
-    model = steered(tiny_model(model_class), **options)
+    model = steered(tiny_model(model) if isinstance(model, type) else model, **options)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".modules_to_save." in name or "trainable_tokens" in name:

@@ -35,9 +35,8 @@ from .convnets import (
     steered,
     tiny_model,
 )
-from .models import adapted, assert_same, gradients, loss_of, output_of
+from .models import adapted, assert_same, assert_state_is, gradients, loss_of, output_of, state_of
 from .test_checkpointing import assert_same_gradients
-from .test_errors import attributes_of
 
 # ------------------------------------------------------------------------------------------------- what is computed
 
@@ -251,10 +250,11 @@ def test_saved_and_loaded(model_class: type, options: dict[str, Any], tmp_path: 
 def test_wrong_base_model_is_refused(model_class: type, options: dict, message: str, tmp_path: Path) -> None:
     steered(tiny_model(tf.ConvNextForImageClassification)).save_pretrained(tmp_path)
     other = tiny_model(model_class, **options)
-    attributes, output = attributes_of(other), output_of(other, images())
+    before, output = state_of(other), output_of(other, images())
     with pytest.raises(ValueError, match=message):
         PeftModel.from_pretrained(other, tmp_path)
-    assert attributes_of(other) == attributes and torch.equal(output_of(other, images()), output)
+    assert_state_is(other, before)
+    assert torch.equal(output_of(other, images()), output)
 
 
 @pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
@@ -387,10 +387,11 @@ def test_compiled_in_one_graph(model_class: type, variant: str) -> None:
 )
 def test_config_that_does_not_fit(options: dict[str, Any], message: str) -> None:
     model = tiny_model(tf.ConvNextForImageClassification)
-    attributes, output = attributes_of(model), output_of(model, images())
+    before, output = state_of(model), output_of(model, images())
     with pytest.raises(ValueError, match=message):
         adapted(model, **options)
-    assert attributes_of(model) == attributes and torch.equal(output_of(model, images()), output)
+    assert_state_is(model, before)
+    assert torch.equal(output_of(model, images()), output)
 
 
 def test_backbone_without_final_norm() -> None:

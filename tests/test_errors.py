@@ -1,5 +1,7 @@
 """What is refused: with one message that says what is wrong, and the model left as it was."""
 
+import copy
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,32 +10,42 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from peft import PeftModel, inject_adapter_in_model
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from toast_peft import TopDownConfig
 from toast_peft.feedback import FeedbackLayer
 
-from .models import VIT_AND_LLAMA, adapted, inputs_of, output_of, steered, takes_adapters, tiny_model
-
-
-def attributes_of(model: nn.Module) -> dict[str, set[str]]:
-    return {name: set(module.__dict__) | set(module._modules) for name, module in model.named_modules()}
+from .models import (
+    VIT_AND_LLAMA,
+    adapted,
+    assert_state_is,
+    inputs_of,
+    move_adapter,
+    output_of,
+    state_of,
+    steered,
+    takes_adapters,
+    tiny_model,
+)
 
 
 @contextmanager
 def leaves_untouched(model: nn.Module) -> Iterator[None]:
-    """Output, parameters, their requires_grad and the attributes of all modules are as before."""
-    before = output_of(model)
-    attributes, keys = attributes_of(model), list(model.state_dict())
-    trainable = [p.requires_grad for p in model.parameters()]
+    """All modules, attributes, hooks and weights are those that were there before, and so is the output."""
+    output, before = output_of(model), state_of(model)
     yield
-    assert attributes_of(model) == attributes
-    assert list(model.state_dict()) == keys
-    assert [p.requires_grad for p in model.parameters()] == trainable
-    assert not hasattr(model, "peft_config")
-    assert torch.equal(output_of(model), before)
+    assert_state_is(model, before)
+    assert torch.equal(output_of(model), output)
 
 
 # --------------------------------------------------------------------------------------------------- configurations
@@ -133,13 +145,26 @@ def test_normalize_features_without_a_known_norm() -> None:
 
 def test_second_adapter_that_fails_leaves_the_first() -> None:
     model = steered(tiny_model(tf.LlamaForCausalLM))
-    expected, keys = output_of(model), list(model.state_dict())
-    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    with pytest.raises(ValueError, match="does not fit a model with 4 blocks"):
+    with leaves_untouched(model), pytest.raises(ValueError, match="does not fit a model with 4 blocks"):
         model.add_adapter("other", TopDownConfig(feedback_from=9))
-    assert list(model.peft_config) == ["default"] and list(model.state_dict()) == keys
-    assert {name for name, p in model.named_parameters() if p.requires_grad} == trainable
-    assert torch.equal(output_of(model), expected)
+
+
+FIRST_CONFIGS = {
+    "lora": LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False, modules_to_save=["lm_head"]),
+    "toast": TopDownConfig(init_weights=False, modules_to_save=["lm_head"], trainable_token_indices=[3, 5]),
+}
+
+
+@pytest.mark.parametrize(
+    "inner", [lambda model: model, lambda model: model.get_base_model()], ids=["PeftModel", "base"]
+)
+@pytest.mark.parametrize("name", ["default", "other"])
+@pytest.mark.parametrize("first", FIRST_CONFIGS)
+def test_get_peft_model_that_fails_leaves_the_adapter_before(first: str, name: str, inner: Callable) -> None:
+    model = get_peft_model(tiny_model(tf.LlamaForCausalLM), copy.deepcopy(FIRST_CONFIGS[first])).eval()
+    for options in ({"feedback_from": 99}, {"modules_to_save": ["lm_haed"]}, {"pretrained_feedback": "/nowhere"}):
+        with leaves_untouched(model), pytest.raises(ValueError):
+            get_peft_model(inner(model), TopDownConfig(**options), name)
 
 
 @pytest.mark.parametrize("model_class", VIT_AND_LLAMA)
@@ -149,8 +174,6 @@ def test_failure_in_the_middle_of_the_injection(
 ) -> None:
     """As when the memory runs out at the third block."""
     model = steered(tiny_model(model_class)) if second else tiny_model(model_class)
-    expected, keys, attributes = output_of(model), list(model.state_dict()), attributes_of(model)
-    trainable = [p.requires_grad for p in model.parameters()]
     update_layer, calls = FeedbackLayer.update_layer, []
 
     def fail_at_the_third_block(layer: FeedbackLayer, *args: Any) -> None:
@@ -160,11 +183,8 @@ def test_failure_in_the_middle_of_the_injection(
         update_layer(layer, *args)
 
     monkeypatch.setattr(FeedbackLayer, "update_layer", fail_at_the_third_block)
-    with pytest.raises(MemoryError):
+    with leaves_untouched(model), pytest.raises(MemoryError):
         model.add_adapter("other", TopDownConfig()) if second else adapted(model)
-    assert torch.equal(output_of(model), expected)
-    assert list(model.state_dict()) == keys and attributes_of(model) == attributes
-    assert [p.requires_grad for p in model.parameters()] == trainable
 
 
 # ---------------------------------------------------------------------------------- adapters of another base model
@@ -235,6 +255,39 @@ TAMPERINGS = {
         r"missing: .*topdown_prompt.*topdown_transform",
     ),
     "all": (lambda w: w.clear(), r"missing: .*layers\.0"),
+    "not a number": (
+        lambda w: w[f"{PREFIX}.selection.topdown_prompt.weight"][:3].fill_(torch.nan),
+        "topdown_prompt.* has 3 of 32 values not finite",
+    ),
+    "infinite": (
+        lambda w: w[f"{PREFIX}.layers.1.topdown_linear2.weight"][0, 0].fill_(-torch.inf),
+        r"layers\.1\.topdown_linear2.* has 1 of 1024 values not finite",
+    ),
+    "too large for float32": (
+        lambda w: w.update(
+            {f"{PREFIX}.selection.topdown_prompt.weight": torch.full((32,), 1e300, dtype=torch.float64)}
+        ),
+        "topdown_prompt.* has 32 of 32 values not finite",
+    ),
+    **{
+        str(dtype): (
+            lambda w, dtype=dtype: w.update({f"{PREFIX}.selection.topdown_prompt.weight": torch.ones(32).to(dtype)}),
+            f"topdown_prompt.* {dtype}, expected torch.float16",
+        )
+        for dtype in (torch.int8, torch.int64, torch.bool, torch.float8_e4m3fn, torch.complex64)
+    },
+    "weight of the base model": (
+        lambda w: w.update({"base_model.model.model.layers.0.mlp.up_proj.weight": torch.zeros(48, 32)}),
+        r"unexpected: .*model\.layers\.0\.mlp\.up_proj\.weight",
+    ),
+    "embedding of another size": (
+        lambda w: w.update({"base_model.model.model.embed_tokens.weight": torch.zeros(41, 32)}),
+        r"embed_tokens\.weight has shape \[41, 32\], expected \[40, 32\]",
+    ),
+    "names without the prefix": (
+        lambda w: [w.update({name.removeprefix("base_model.model."): w.pop(name)}) for name in list(w)],
+        r"missing: .*layers\.0",
+    ),
 }
 
 
@@ -242,10 +295,14 @@ TAMPERINGS = {
 def tampered(request: pytest.FixtureRequest, saved: Path) -> tuple[Path, str]:
     """A saved adapter with changed weights, and the message that must come."""
     change, message = TAMPERINGS[request.param]
-    weights = load_file(saved / "adapter_model.safetensors")
-    change(weights)
-    save_file(weights, saved / "adapter_model.safetensors")
+    change_weights(saved, change)
     return saved, message
+
+
+def change_weights(folder: Path, change: Callable) -> None:
+    weights = load_file(folder / "adapter_model.safetensors")
+    change(weights)
+    save_file(weights, folder / "adapter_model.safetensors")
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True], ids=["", "low_cpu_mem_usage"])
@@ -259,23 +316,146 @@ def test_tampered_weights(tampered: tuple[Path, str], low_cpu_mem_usage: bool) -
 def test_tampered_weights_of_a_second_adapter(tampered: tuple[Path, str]) -> None:
     folder, message = tampered
     model = steered(tiny_model(tf.LlamaForCausalLM))
-    expected, keys = output_of(model), list(model.state_dict())
-    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    with pytest.raises(ValueError, match=message):
-        model.load_adapter(folder, "other")
-    assert list(model.peft_config) == ["default"] and list(model.state_dict()) == keys
-    assert {name for name, p in model.named_parameters() if p.requires_grad} == trainable
-    assert torch.equal(output_of(model), expected)
+    for name in ("other", "default"):  # a new one, and into the one that is there
+        with leaves_untouched(model), pytest.raises(ValueError, match=message):
+            model.load_adapter(folder, name)
 
 
-def test_missing_head_is_reported(tmp_path: Path) -> None:
+def test_tampered_weights_with_a_config_given(tampered: tuple[Path, str]) -> None:
+    """It is not known where such a config is from, so the weights are looked at when they come."""
+    folder, message = tampered
+    base = tiny_model(tf.LlamaForCausalLM)
+    with leaves_untouched(base), pytest.raises(ValueError, match=message):
+        PeftModel.from_pretrained(base, folder, config=PeftConfig.from_pretrained(folder))
+
+
+def test_weights_that_do_not_fit_leave_a_trained_adapter(tampered: tuple[Path, str]) -> None:
+    folder, message = tampered
+    model = get_peft_model(tiny_model(tf.LlamaForCausalLM), PeftConfig.from_pretrained(folder))
+    move_adapter(model)
+    weights = load_file(folder / "adapter_model.safetensors")
+    with leaves_untouched(model), pytest.raises(ValueError, match=message):
+        set_peft_model_state_dict(model, weights)
+
+
+def write(content: bytes, name: str = "adapter_model.safetensors") -> Callable:
+    def damage(folder: Path) -> None:
+        (folder / "adapter_model.safetensors").unlink()
+        (folder / name).write_bytes(content)
+
+    return damage
+
+
+def cut(folder: Path) -> None:
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def pickled(content: Any) -> Callable:
+    def damage(folder: Path) -> None:
+        (folder / "adapter_model.safetensors").unlink()
+        torch.save(content, folder / "adapter_model.bin")
+
+    return damage
+
+
+UNREADABLE = {
+    "truncated": cut,
+    "header": write(b"\xff" * 200),
+    "missing": lambda folder: (folder / "adapter_model.safetensors").unlink(),
+    "empty": write(b""),
+    "bin": write(b"no pickle", "adapter_model.bin"),
+    "bin that runs code": pickled({"weight": Path}),
+    "bin of something else": pickled([torch.ones(2)]),
+}
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True], ids=["", "low_cpu_mem_usage"])
+@pytest.mark.parametrize("damage", UNREADABLE)
+def test_weights_that_cannot_be_read(damage: str, low_cpu_mem_usage: bool, saved: Path) -> None:
+    UNREADABLE[damage](saved)
+    base = tiny_model(tf.LlamaForCausalLM)
+    message = f"(?s)weights of the TOAST adapter '{saved}'.* again"
+    with leaves_untouched(base), pytest.raises(ValueError, match=message):
+        PeftModel.from_pretrained(base, saved, low_cpu_mem_usage=low_cpu_mem_usage)
+    model = steered(base)
+    with leaves_untouched(model), pytest.raises(ValueError, match=message):
+        model.load_adapter(saved, "other", low_cpu_mem_usage=low_cpu_mem_usage)
+
+
+def test_weights_in_a_subfolder_are_looked_at(saved: Path) -> None:
+    (saved / "sub").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (saved / name).rename(saved / "sub" / name)
+    base = tiny_model(tf.LlamaForCausalLM)
+    model = PeftModel.from_pretrained(base, saved, subfolder="sub")
+    assert torch.equal(output_of(model), output_of(steered(tiny_model(tf.LlamaForCausalLM))))
+    cut(saved / "sub")
+    base = model.unload()
+    with leaves_untouched(base), pytest.raises(ValueError, match="(?s)cannot be read"):
+        PeftModel.from_pretrained(base, saved, subfolder="sub")
+
+
+def test_adapter_without_weights_says_so_and_is_replaced_by_the_next(saved: Path) -> None:
+    """Of a config that is passed it is not known where it is from. PEFT fails to read the weights after injection."""
+    content = (saved / "adapter_model.safetensors").read_bytes()
+    cut(saved)
+    base = tiny_model(tf.LlamaForCausalLM)
+    with pytest.raises(SafetensorError):
+        PeftModel.from_pretrained(base, saved, config=PeftConfig.from_pretrained(saved), low_cpu_mem_usage=True)
+    with pytest.raises(RuntimeError, match="has no weights"):
+        output_of(base)
+    (saved / "adapter_model.safetensors").write_bytes(content)
+    model = PeftModel.from_pretrained(base, saved)
+    assert torch.equal(output_of(model), output_of(steered(tiny_model(tf.LlamaForCausalLM))))
+    assert torch.equal(output_of(model.unload()), output_of(tiny_model(tf.LlamaForCausalLM)))
+
+
+def test_rank_of_another_adapter_is_refused_before_layers_are_made(tmp_path: Path) -> None:
+    """With the rank of this config they would take 128 TB."""
+    steered(tiny_model(tf.ViTModel), r=4).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"r": 10**12}))
+    base = tiny_model(tf.ViTModel)
+    with leaves_untouched(base), pytest.raises(ValueError, match=r"`r=1000000000000`.* are \[4\]"):
+        PeftModel.from_pretrained(base, tmp_path)
+
+
+def test_task_type_that_the_model_is_not_for() -> None:
+    base = tiny_model(tf.LlamaModel)
+    with leaves_untouched(base), pytest.raises(ValueError, match="`task_type='CAUSAL_LM'`.*LlamaModel"):
+        adapted(base, task_type="CAUSAL_LM")
+
+
+def test_saved_config_makes_a_new_adapter(saved: Path) -> None:
+    """With other options than the weights next to it have."""
+    config = TopDownConfig.from_pretrained(saved)
+    config.r, config.inference_mode = 2, False
+    model = get_peft_model(tiny_model(tf.LlamaForCausalLM), config)
+    assert torch.equal(output_of(model.eval()), output_of(tiny_model(tf.LlamaForCausalLM)))
+    assert any(p.requires_grad for p in model.parameters())
+
+
+HEADS = {
+    "missing": lambda w: w.pop("base_model.model.classifier.weight"),
+    "of another size": lambda w: w.update({"base_model.model.classifier.weight": torch.zeros(5, 32)}),
+    "not finite": lambda w: w["base_model.model.classifier.bias"].fill_(torch.nan),
+    "integers": lambda w: w.update({"base_model.model.classifier.bias": torch.ones(2, dtype=torch.int64)}),
+}
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True], ids=["", "low_cpu_mem_usage"])
+@pytest.mark.parametrize("damage", HEADS)
+def test_damaged_head(damage: str, low_cpu_mem_usage: bool, tmp_path: Path) -> None:
     """A saved head that is not in the file would silently stay a random one."""
     steered(tiny_model(tf.ViTForImageClassification), modules_to_save=["classifier"]).save_pretrained(tmp_path)
-    weights = load_file(tmp_path / "adapter_model.safetensors")
-    del weights["base_model.model.classifier.weight"]
-    save_file(weights, tmp_path / "adapter_model.safetensors")
-    with pytest.raises((ValueError, KeyError), match=r"classifier\.weight"):
-        PeftModel.from_pretrained(tiny_model(tf.ViTForImageClassification), tmp_path)
+    change_weights(tmp_path, HEADS[damage])
+    base = tiny_model(tf.ViTForImageClassification)
+    with leaves_untouched(base), pytest.raises(ValueError, match=r"classifier\.modules_to_save\.default"):
+        PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    model = steered(base)
+    with leaves_untouched(model), pytest.raises(ValueError, match=r"classifier\.modules_to_save\.other"):
+        model.load_adapter(tmp_path, "other", low_cpu_mem_usage=low_cpu_mem_usage)
 
 
 def test_modules_to_save_inside_of_each_other() -> None:

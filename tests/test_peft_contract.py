@@ -347,18 +347,43 @@ def test_unload_keeps_a_trained_head() -> None:
     assert list(unloaded.state_dict()) == keys and torch.equal(unloaded.classifier.weight, head)
 
 
-@pytest.mark.parametrize("model_class", VIT_AND_LLAMA)
-def test_base_model_is_adapted_twice_without_unload(model_class: type) -> None:
-    """As when a cell of a notebook is run again: the new adapter takes the place of the old one."""
-    base = tiny_model(model_class)
-    expected = output_of(base)
-    steered(base)
-    model = adapted(base)
-    assert torch.equal(output_of(model), expected)
-    with counted_block_calls(model) as calls:
-        output_of(model)
-    assert calls.total() == 2 * NUM_BLOCKS
-    assert torch.equal(output_of(model.unload()), expected) and forwards_on_instances(base) == []
+TWICE = {
+    "same options": ({}, {}),
+    "lite": ({}, {"r": 2}),
+    "other blocks": ({"feedback_from": 2}, {"feedback_to": 2}),
+    "no head": ({"modules_to_save": ["lm_head"]}, {}),
+    "head": ({"modules_to_save": ["lm_head"]}, {"modules_to_save": ["lm_head"], "r": 2}),
+    "tokens": ({"trainable_token_indices": [3, 5]}, {"trainable_token_indices": [4]}),
+    "no tokens": ({"trainable_token_indices": [3, 5]}, {}),
+}
+
+
+@pytest.mark.parametrize("other", [False, True], ids=["", "with another adapter"])
+@pytest.mark.parametrize("options", TWICE)
+def test_base_model_is_adapted_twice_without_unload(options: str, other: bool, tmp_path: Path) -> None:
+    """As when a cell of a notebook is run again: the new adapter takes the place of the old one entirely."""
+    first, second = TWICE[options]
+    tied = {"tie_word_embeddings": "tokens" in options}
+    base = tiny_model(tf.LlamaForCausalLM, **tied)
+    expected, keys = output_of(base), list(base.state_dict())
+    model = trained_everywhere(base, **first)
+    if other:
+        model.add_adapter("other", TopDownConfig(r=3))
+    with pytest.warns(UserWarning, match="PEFT for a second time"):
+        again = adapted(base, **second)
+    fresh = adapted(tiny_model(tf.LlamaForCausalLM, **tied), **second)
+    assert torch.equal(output_of(again), expected) and again.active_adapters == ["default"]
+    assert {n: p.requires_grad for n, p in again.named_parameters() if ".other." not in n} == {
+        n: p.requires_grad for n, p in fresh.named_parameters()
+    }
+    again.save_pretrained(tmp_path, selected_adapters=["default"])
+    move_adapter(again)
+    again.load_adapter(tmp_path, "default")
+    assert torch.equal(output_of(again), expected)
+    assert get_peft_model_state_dict(again).keys() == get_peft_model_state_dict(fresh).keys()
+    unloaded = again.unload()
+    assert list(unloaded.state_dict()) == keys and torch.equal(output_of(unloaded), expected)
+    assert forwards_on_instances(base) == []
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["hooks before", "hooks after"])

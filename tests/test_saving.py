@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 import transformers as tf
 from peft import (
     AutoPeftModel,
@@ -102,6 +103,37 @@ def test_loaded_adapter_is_equal(model_class: type, variant: str, low_cpu_mem_us
     assert_same(output_of(loaded), output_of(model))
     assert not any(p.requires_grad for p in loaded.parameters())
     assert not any(p.is_meta for p in loaded.parameters())
+
+
+def test_head_that_peft_adds_by_the_task_type(tmp_path: Path) -> None:
+    model = trained_everywhere(tf.LlamaForTokenClassification, task_type="TOKEN_CLS")
+    folder = saved(model, tmp_path)
+    assert "base_model.model.score.weight" in load_file(folder / "adapter_model.safetensors")
+    loaded = PeftModel.from_pretrained(tiny_model(tf.LlamaForTokenClassification), folder)
+    assert_same(output_of(loaded), output_of(model))
+
+
+SAVED_EMBEDDINGS = {
+    "resized": {},
+    "head": {"modules_to_save": ["lm_head"]},
+    "both trained": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "tokens": {"trainable_token_indices": [3, 5]},
+}
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
+@pytest.mark.parametrize("options", SAVED_EMBEDDINGS)
+def test_saved_embeddings_are_loaded(options: str, tied: bool, tmp_path: Path) -> None:
+    """The only weights of the base model that are loaded, and only with their size."""
+    model = trained_everywhere(tiny_model(tf.LlamaForCausalLM, tie_word_embeddings=tied), **SAVED_EMBEDDINGS[options])
+    embeddings = model.get_input_embeddings()
+    with torch.no_grad():
+        next(p for name, p in embeddings.named_parameters() if "delta" not in name).add_(0.1)
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    loaded = PeftModel.from_pretrained(tiny_model(tf.LlamaForCausalLM, tie_word_embeddings=tied), tmp_path)
+    assert_same(output_of(loaded), output_of(model))
+    with pytest.raises(ValueError, match=r"shape \[40, 32\], expected \[44, 32\]"):
+        PeftModel.from_pretrained(tiny_model(tf.LlamaForCausalLM, tie_word_embeddings=tied, vocab_size=44), tmp_path)
 
 
 @pytest.mark.parametrize("model_class", BACKBONES)

@@ -9,6 +9,7 @@ from peft import PeftConfig
 from peft.utils import PeftType
 
 from .config_checks import TRAINABLE_PARTS, check_values
+from .saved_adapter import SavedAdapter
 
 # How the official code trains each of its stages. It has no pre-tuning for ViT; the weight is that in its `var_loss`.
 OFFICIAL_STAGES = {
@@ -217,6 +218,7 @@ class TopDownConfig(PeftConfig):
         check_values(self, [*TopDownConfig.__annotations__, "inference_mode"])
         # Only a config that was saved with an adapter is made with these facts about the base model.
         self.is_of_saved_adapter = self.num_blocks is not None
+        self.saved_adapter: SavedAdapter | None = None  # where it was read from, until it is used; never saved
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), (list, tuple)):
                 setattr(self, name, set(getattr(self, name)))
@@ -228,6 +230,30 @@ class TopDownConfig(PeftConfig):
                 "`layers_to_transform` cannot be used when `target_modules` is a regular expression; "
                 "select the blocks in the expression."
             )
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> "TopDownConfig":
+        """Read the config of a saved adapter. PEFT calls this first when it loads one.
+
+        When the adapter is added to a model with this config, its weights are checked before the model is changed.
+        `PeftConfig.from_pretrained` reads the config without its weights being looked at. Only in a local folder
+        `base_feedback` may be a path as well.
+
+        Args:
+            pretrained_model_name_or_path: path or Hub id.
+            subfolder: folder in it.
+            kwargs: those of `hf_hub_download`.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        if isinstance(config, TopDownConfig):
+            arguments, _, _ = cls._split_kwargs(kwargs)
+            arguments |= {} if subfolder is None else {"subfolder": subfolder}
+            config.saved_adapter = SavedAdapter(pretrained_model_name_or_path, arguments, config.to_dict())
+            if os.path.isdir(pretrained_model_name_or_path):
+                config.reference_in_file = None
+        return config
 
     @classmethod
     def official_stage(cls, name: str, **options: Any) -> "TopDownConfig":
@@ -243,16 +269,6 @@ class TopDownConfig(PeftConfig):
         if name not in list(OFFICIAL_STAGES):
             raise ValueError(f"There is no stage {name!r}; expected one of {list(OFFICIAL_STAGES)}.")
         return cls(**OFFICIAL_STAGES[name] | options)
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
-    ) -> PeftConfig:
-        """As `PeftConfig.from_pretrained`. Of an adapter in a local folder, `base_feedback` can be one as well."""
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        if os.path.isdir(pretrained_model_name_or_path):
-            config.reference_in_file = None
-        return config
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:

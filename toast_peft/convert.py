@@ -19,7 +19,7 @@ from torch import nn
 from .block_stack import BlockStack
 from .config import OFFICIAL_STAGES, TopDownConfig
 from .find_stacks import find_stacks
-from .model import describe_differences
+from .loading import describe_differences
 from .stage_stack import StageShape, StageStack
 
 

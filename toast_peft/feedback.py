@@ -19,6 +19,7 @@ Notation used for tensor shapes:
 import math
 import re
 import uuid
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -380,8 +381,6 @@ class FeedbackPath(nn.Module):
         super().__init__()
         self.selection = FeatureSelection(value_projection)
         self.layers = nn.ModuleDict()
-        # Adapters made from a saved config, until their weights are loaded: the parameters that were trainable before.
-        self.awaiting_weights: dict[str, set[str]] = {}
 
     def add_block(self, index: int, value_projection: nn.Module, config: TopDownConfig) -> FeedbackLayer:
         """The feedback layer of a block, made if it is not there."""
@@ -397,6 +396,14 @@ class FeedbackPath(nn.Module):
             return None
         names = [name for name in self.selection.active_adapters if name in self.selection.topdown_config]
         return names[0] if names else None
+
+    def drop_adapter(self, adapter_name: str) -> None:
+        """Drop the weights of an adapter, which stays the active one: another of the same name takes its place."""
+        for layer in (self.selection, *self.layers.values()):
+            containers = [getattr(layer, name) for name in layer.adapter_layer_names + layer.other_param_names]
+            for container in (*containers, layer.frozen_peft_weight_names):
+                if adapter_name in container:
+                    del container[adapter_name]
 
     def blocks_of(self, adapter_name: str) -> list[int]:
         """Indices of the blocks that receive feedback, from the top down."""
@@ -430,15 +437,35 @@ class FeedbackPath(nn.Module):
         return feedback
 
 
+def feedback_paths(model: nn.Module) -> Iterator[tuple[nn.Module, FeedbackPath]]:
+    """All backbones in the model that have a feedback path, with it."""
+    for module in model.modules():
+        path = module._modules.get("feedback_path")
+        if isinstance(path, FeedbackPath):
+            yield module, path
+
+
 def belongs_to(adapter_name: str, parameter_name: str) -> bool:
     """Whether a parameter of a model is feedback of an adapter, `...topdown_prompt.default.weight` for example."""
     return re.search(rf"\.topdown_\w+\.{re.escape(adapter_name)}\.", parameter_name) is not None
 
 
 def to_device_of(module: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor where the module is; the blocks, and with them the feedback layers, may be on several devices."""
+    """The tensor where the module is; the blocks, and with them the feedback layers, may be on several devices.
+
+    Raises:
+        RuntimeError: if the module has no weights, as after a failed load with `low_cpu_mem_usage`.
+    """
     device = next(module.parameters()).device
-    return tensor if device.type == "meta" else tensor.to(device)  # offloaded: the module's own hook will do it
+    if device.type != "meta":
+        return tensor.to(device)
+    is_offloaded = any(hasattr(part, "_hf_hook") for part in module.modules())  # its own hook will fetch the weights
+    if tensor.device.type != "meta" and not is_offloaded:
+        raise RuntimeError(
+            "The TOAST adapter has no weights: it was made with `low_cpu_mem_usage=True` and none were loaded, or "
+            "loading them has failed. Load it again, or take it away with `delete_adapter`."
+        )
+    return tensor
 
 
 def hidden_states_of(output: torch.Tensor | tuple[Any, ...]) -> torch.Tensor:

@@ -6,8 +6,9 @@ from copy import copy
 from typing import Any, ClassVar
 
 import torch
-from peft import PeftConfig, PeftModel
-from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from peft import PeftConfig, PeftModel, TaskType
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
@@ -15,13 +16,15 @@ from .base_feedback import copy_weights, is_in_base_feedback, load_base_feedback
 from .block_stack import BlockStack
 from .config import TopDownConfig
 from .convolutional_feedback import ConvolutionalFeedbackPath
-from .feedback import NO_MERGE, FeedbackPath, TopDownLayer, belongs_to
+from .feedback import NO_MERGE, FeedbackPath, TopDownLayer, belongs_to, feedback_paths
 from .find_stacks import find_stacks
 from .hierarchical_feedback import HierarchicalFeedbackPath
 from .hierarchical_passes import TwoPassesOverHierarchy
 from .hierarchical_stack import HierarchicalStack
+from .loading import SAVED_PREFIX, PendingLoad, by_names_of_parameters, check_weights, read_weights
 from .passes import TwoPasses
 from .pretrained_feedback import start_from_pretrained
+from .snapshot import Snapshot, restored_on_failure
 from .stage_passes import TwoPassesOverStages
 from .stage_stack import StageStack
 
@@ -42,30 +45,43 @@ class TopDownModel(BaseTuner):
     tuner_layer_cls = TopDownLayer
     target_module_mapping: ClassVar[dict] = {}
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, model: nn.Module, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+        if isinstance(peft_config, dict):  # it comes from a `PeftModel`, which is made for a task
+            for config in peft_config.values():
+                _check_task_type(model, config)
         # For new adapters with weights of a saved one these weights, until PEFT has chosen their dtype.
         self._pretrained: dict[str, dict[str, torch.Tensor]] = {}
-        super().__init__(*args, **kwargs)
+        # Adapters of saved configs, until PEFT has loaded their weights.
+        self._pending_loads: dict[str, PendingLoad] = {}
+        # Taken now: if the model has adapters already, PEFT puts the config among theirs before the injection.
+        self._before: Snapshot | None = Snapshot(model)
+        super().__init__(model, peft_config, *args, **kwargs)
 
     # ------------------------------------------------------------------------------------------------- injection
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter to the model; called by PEFT. On failure the model is as it was before."""
-        trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        try:
+        """Add an adapter to the model; called by PEFT.
+
+        An adapter of the same name, of an earlier `get_peft_model` on the same base model, is replaced. On failure the
+        model is as it was before.
+        """
+        before, self._before = self._before or Snapshot(self), None
+        with restored_on_failure(before):
+            weights = read_weights(self.peft_config[adapter_name])
+            _drop_adapter(model, adapter_name)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             config = self.peft_config[adapter_name]
-            is_loaded = config.is_of_saved_adapter and config.pretrained_feedback is None
             if config.pretrained_feedback is not None:
                 self._pretrained[adapter_name] = start_from_pretrained(self.model, adapter_name, config)
-            elif config.base_feedback is not None:
-                self._pretrained[adapter_name] = load_base_feedback(self.model, adapter_name, config)
-        except Exception:
-            _undo_injection(model, adapter_name, trainable)
-            raise
-        if is_loaded:
-            for stack in self._stacks:
-                stack.backbone.feedback_path.awaiting_weights[adapter_name] = trainable
+            else:
+                if config.base_feedback is not None:
+                    self._pretrained[adapter_name] = load_base_feedback(self.model, adapter_name, config)
+                if config.is_of_saved_adapter:
+                    self._pending_loads[adapter_name] = PendingLoad(before, model, adapter_name)
+            if weights is not None:
+                loaded = by_names_of_parameters(model, adapter_name, weights)
+                check_weights(model, adapter_name, config, loaded)
+            config.saved_adapter = None
 
     def _prepare_adapter_config(self, peft_config: TopDownConfig, model_config: dict) -> TopDownConfig:
         # Everything that can be wrong with the config is found here, before the model is touched.
@@ -191,22 +207,17 @@ class TopDownModel(BaseTuner):
         cls, model: nn.Module, config: TopDownConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        base_model = model.get_base_model() if isinstance(model, PeftModel) else model
-        expected = {
-            name: tuple(parameter.shape)
-            for name, parameter in base_model.named_parameters()
-            if belongs_to(adapter_name, name) and not is_in_base_feedback(config, name)
-        }
-        found = {name.removeprefix("base_model.model."): tuple(tensor.shape) for name, tensor in remapped.items()}
-        problems = describe_differences(expected, {name: found[name] for name in found if cls.prefix in name})
-        trainable = [path.awaiting_weights.pop(adapter_name, None) for _, path in feedback_paths(base_model)]
-        if problems:
-            if any(names is not None for names in trainable):
-                _undo_injection(base_model, adapter_name, set().union(*filter(None, trainable)))
-            raise ValueError(
-                f"The weights of the TOAST adapter {adapter_name!r} do not fit its config and this model: "
-                + "; ".join(problems)
-            )
+        pending = getattr(model.base_model, "_pending_loads", {}) if isinstance(model, PeftModel) else {}
+        # PEFT removes the prefix where the adapter was injected into a model without a `PeftModel` around it.
+        prefix = "" if isinstance(model, PeftModel) else SAVED_PREFIX
+        loaded = {name.removeprefix(prefix): value for name, value in remapped.items()}
+        try:
+            check_weights(model, adapter_name, config, loaded)
+        except ValueError:
+            if adapter_name in pending:
+                pending[adapter_name].undo()
+            raise
+        pending.pop(adapter_name, None)
         # What is in the base feedback is in the model already; PEFT would warn that it is missing.
         return remapped | {
             name: parameter.detach()
@@ -239,6 +250,15 @@ def _with_base_model_facts(config: TopDownConfig, stacks: list[BlockStack]) -> T
     return config
 
 
+def _check_task_type(model: nn.Module, config: TopDownConfig) -> None:
+    # The PEFT models of these tasks ask the model for it when the adapter is in it already.
+    if config.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and not hasattr(model, "prepare_inputs_for_generation"):
+        raise ValueError(
+            f"`task_type={TaskType(config.task_type).value!r}` is for a model that generates text, which "
+            f"{type(model).__name__} does not; leave it out, or adapt the model with its language modelling head."
+        )
+
+
 def _check_modules_to_save(model: nn.Module, config: TopDownConfig, stack: BlockStack) -> None:
     names = [name for name, _ in model.named_modules()]
     for wanted in config.modules_to_save or []:
@@ -261,28 +281,6 @@ def _check_modules_to_save(model: nn.Module, config: TopDownConfig, stack: Block
             )
 
 
-def describe_differences(expected: dict[str, tuple], found: dict[str, tuple]) -> list[str]:
-    """What differs between two sets of named shapes, in words; empty if nothing does."""
-    problems = []
-    for what, names in (("missing", expected.keys() - found.keys()), ("unexpected", found.keys() - expected.keys())):
-        if names:
-            problems.append(f"{what}: {', '.join(sorted(names))}")
-    shapes = [
-        f"{name} has shape {list(found[name])}, expected {list(expected[name])}"
-        for name in sorted(expected.keys() & found.keys())
-        if tuple(expected[name]) != tuple(found[name])
-    ]
-    return problems + shapes
-
-
-def feedback_paths(model: nn.Module) -> Iterator[tuple[nn.Module, FeedbackPath]]:
-    """All backbones in the model that have a feedback path, with it."""
-    for module in model.modules():
-        path = module._modules.get("feedback_path")
-        if isinstance(path, FeedbackPath):
-            yield module, path
-
-
 def _add_feedback_path(stack: BlockStack) -> None:
     if isinstance(stack, StageStack):
         path = ConvolutionalFeedbackPath(stack.nodes)
@@ -301,28 +299,31 @@ def _remove_feedback_path(backbone: nn.Module) -> None:
     del backbone.feedback_path
 
 
-def _undo_injection(model: nn.Module, adapter_name: str, trainable: set[str]) -> None:
-    """Take an adapter out of a base model again, with all that came with it.
-
-    Args:
-        model: the base model.
-        adapter_name: the adapter to remove. The feedback path goes with its last adapter.
-        trainable: names of the parameters that required a gradient before.
-    """
-    for backbone, path in list(feedback_paths(model)):
-        for module in path.modules():
-            if isinstance(module, TopDownLayer):
-                module.delete_adapter(adapter_name)
+def _drop_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Drop a TOAST adapter, with all that came with it, for another of the same name."""
+    paths = [
+        (backbone, path) for backbone, path in feedback_paths(model) if adapter_name in path.selection.topdown_config
+    ]
+    for backbone, path in paths:
+        path.drop_adapter(adapter_name)
         if not path.selection.topdown_config:
             _remove_feedback_path(backbone)
-    for name, wrapper in list(model.named_modules()):
-        if isinstance(wrapper, AuxiliaryTrainingWrapper):
-            wrapper.delete_adapter(adapter_name, [a for a in wrapper.active_adapters if a != adapter_name])
-            if not wrapper._get_available_adapters():
-                model.set_submodule(name, wrapper.original_module)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad = name in trainable
-    configs = getattr(model, "peft_config", {})
-    configs.pop(adapter_name, None)
-    if not configs and hasattr(model, "peft_config"):
-        del model.peft_config
+    if not paths or _is_of_another_method(model, adapter_name):
+        return
+    wrappers = [(name, part) for name, part in model.named_modules() if isinstance(part, AuxiliaryTrainingWrapper)]
+    wrappers = [(name, wrapper) for name, wrapper in wrappers if adapter_name in wrapper._get_available_adapters()]
+    for name, wrapper in wrappers:
+        wrapper.delete_adapter(adapter_name, [a for a in wrapper.active_adapters if a != adapter_name])
+        if not wrapper._get_available_adapters():
+            model.set_submodule(name, wrapper.original_module)
+
+
+def _is_of_another_method(model: nn.Module, adapter_name: str) -> bool:
+    """Whether there is one of the same name, of LoRA for example, whose modules to save the model has then."""
+    layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+    return any(
+        adapter_name in getattr(layer, name, ())
+        for layer in layers
+        if not isinstance(layer, (TopDownLayer, TrainableTokensLayer))
+        for name in layer.adapter_layer_names
+    )

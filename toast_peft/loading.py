@@ -1,0 +1,160 @@
+"""Checks the weights of a saved adapter against the model, and keeps what is needed to undo a load that fails."""
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from .base_feedback import is_in_base_feedback
+from .config import TopDownConfig
+from .feedback import belongs_to
+from .snapshot import Snapshot
+
+SAVED_PREFIX = "base_model.model."  # before each name in a file that PEFT has saved
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class PendingLoad:
+    """An adapter of a saved config whose weights have not come yet.
+
+    Args:
+        before: the model before the injection.
+        model: the base model with the adapter.
+        adapter_name: its name.
+    """
+
+    def __init__(self, before: Snapshot, model: nn.Module, adapter_name: str) -> None:
+        self.before = before
+        parameters = [p for name, p in model.named_parameters() if belongs_to(adapter_name, name)]
+        self.versions = [(parameter, parameter._version) for parameter in parameters]
+
+    def undo(self) -> None:
+        """Take the adapter out again, unless it has been trained or set by other means meanwhile."""
+        if all(parameter._version == version for parameter, version in self.versions):
+            self.before.restore()
+
+
+def read_weights(config: TopDownConfig) -> dict[str, torch.Tensor] | None:
+    """The weights that PEFT will load for a config that was just read, before it changes the model.
+
+    Returns:
+        The weights by their names in the file; `None` if it is not known where the config is from, or if it has got
+        other options since, for a new adapter.
+
+    Raises:
+        ValueError: if they cannot be read or are of another rank than the config. A damaged config may ask for layers
+            that do not fit into memory.
+    """
+    if config.saved_adapter is None or config.pretrained_feedback or not config.saved_adapter.is_of(config):
+        return None
+    weights = config.saved_adapter.read_weights()
+    ranks = {tuple(tensor.shape[:1]) for name, tensor in weights.items() if ".topdown_linear1_A" in name}
+    if config.r > 0 and ranks != {(config.r,)}:
+        found = sorted(size for rank in ranks for size in rank) or "none"
+        raise ValueError(
+            f"The config of the TOAST adapter says `r={config.r}`, but the ranks of the factors in its file are "
+            f"{found}; expected the same. One of the two files is damaged or of another adapter."
+        )
+    return weights
+
+
+def by_names_of_parameters(
+    model: nn.Module, adapter_name: str, weights: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Weights as they are in a file, by the names of what they are for; others, and second ones, keep their names."""
+    parameters = (name for name, _ in model.named_parameters() if belongs_to(adapter_name, name))
+    names = {BaseTuner._remove_adapter_name_from_key(name, adapter_name): name for name in parameters}
+    names |= _names_of_other_modules(model, adapter_name)
+    names = {SAVED_PREFIX + saved: name for saved, name in names.items()}
+    found = {}
+    for saved, tensor in weights.items():
+        name = names.get(saved, saved.removeprefix(SAVED_PREFIX))
+        found[saved if name in found else name] = tensor
+    return found
+
+
+def check_weights(
+    model: nn.Module, adapter_name: str, config: TopDownConfig, weights: dict[str, torch.Tensor]
+) -> None:
+    """Check what PEFT is about to load, which it does not strictly.
+
+    Without this a missing weight would stay random, and a weight with the name of a base parameter would replace it.
+    Embeddings may be among the weights: PEFT saves them with an adapter if their size was changed.
+
+    Args:
+        model: the model with the adapter.
+        adapter_name: its name.
+        config: its config, which says what is not in its own file.
+        weights: the weights by the names of the parameters.
+
+    Raises:
+        ValueError: if weights are missing or are for nothing, have another shape or dtype, or are not finite.
+    """
+    targets = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    expected = {name for name in targets if belongs_to(adapter_name, name) and not is_in_base_feedback(config, name)}
+    expected |= set(_names_of_other_modules(model, adapter_name).values())
+    embeddings = _prefixes_of_embeddings(model)
+    # PEFT saves them under other names as well, which it does not load.
+    of_embeddings = {name for name in weights.keys() - expected if name.startswith(embeddings)}
+    expected |= of_embeddings & targets.keys()
+    found = {name: weights[name] for name in weights.keys() - (of_embeddings - targets.keys())}
+    shapes, found_shapes = _shapes(targets), _shapes(found)
+    problems = describe_differences(
+        {name: shapes.get(name, found_shapes.get(name)) for name in expected}, found_shapes
+    )
+    for name in sorted(expected & found.keys() & targets.keys()):
+        problems += _problems_with_values(name, found[name], targets[name])
+    if problems:
+        raise ValueError(
+            f"The weights of the TOAST adapter {adapter_name!r} do not fit its config and this model: "
+            f"{'; '.join(problems)}. Load it into the model it was made for; if it was, save or download it again."
+        )
+
+
+def describe_differences(expected: dict[str, tuple], found: dict[str, tuple]) -> list[str]:
+    """What differs between two sets of named shapes, in words; empty if nothing does."""
+    problems = []
+    for what, names in (("missing", expected.keys() - found.keys()), ("unexpected", found.keys() - expected.keys())):
+        if names:
+            problems.append(f"{what}: {', '.join(sorted(names))}")
+    shapes = [
+        f"{name} has shape {list(found[name])}, expected {list(expected[name])}"
+        for name in sorted(expected.keys() & found.keys())
+        if tuple(expected[name]) != tuple(found[name])
+    ]
+    return problems + shapes
+
+
+def _shapes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _names_of_other_modules(model: nn.Module, adapter_name: str) -> dict[str, str]:
+    """Names in a file and in the model of what `modules_to_save` and `trainable_token_indices` train.
+
+    PEFT wants them all in the file. Trained tokens of one adapter it wants from every adapter.
+    """
+    return {
+        f"{name}.{saved}": f"{name}.{loaded}"
+        for name, module in model.named_modules()
+        if isinstance(module, AuxiliaryTrainingWrapper)
+        for saved, loaded in module.adapter_state_dict_load_map(adapter_name).items()
+    }
+
+
+def _prefixes_of_embeddings(model: nn.Module) -> tuple[str, ...]:
+    try:
+        embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
+    except (AttributeError, NotImplementedError):  # no model of transformers, or one without token embeddings
+        return ()
+    return tuple(f"{name}." for name, module in model.named_modules() if any(module is layer for layer in embeddings))
+
+
+def _problems_with_values(name: str, tensor: torch.Tensor, target: torch.Tensor) -> list[str]:
+    dtypes = _FLOATS if target.is_floating_point() else (target.dtype,)
+    if tensor.dtype not in dtypes or tensor.layout != torch.strided:
+        return [f"{name} is a {tensor.layout} tensor of {tensor.dtype}, expected {', '.join(map(str, dtypes))}"]
+    # As large as the parameter takes it. Parameters of half precision become float32 ones before they are loaded.
+    values = tensor.to(torch.promote_types(target.dtype, torch.float32)) if target.is_floating_point() else tensor
+    finite = values.isfinite()
+    return [] if finite.all() else [f"{name} has {int((~finite).sum())} of {finite.numel()} values not finite"]
