@@ -5,8 +5,8 @@
 
 The backbone's own forward is called for both passes, so masks, position embeddings and whatever else the model does
 around its blocks stay its own. In pass 1 the blocks from `feedback_from` on hand their input through; in pass 2 the
-blocks below `feedback_to` return what pass 1 computed, which is the same. Pass 1 runs without dropout (`dropout.py`); if
-there is any, these blocks run again in pass 2.
+blocks below `feedback_to` return what pass 1 computed, which is the same. Pass 1 runs without dropout (`dropout.py`);
+if there is any, these blocks run again in pass 2.
 
 The backbone and its blocks get another `forward`, the value projections hooks. Python state says which pass is
 running; it is kept per thread and restored when a forward ends, however it ends.
