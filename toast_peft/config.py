@@ -49,6 +49,10 @@ class TopDownConfig(PeftConfig):
         init_weights: True starts as an exact no-op (`linear1` identity, in a ConvNet the nearest to it, and `linear2`
             zero). False is the random initialisation of the official code, from which the adapted output differs from
             the base model's.
+        init_prompt: "features" starts the prompt at the mean normalised feature of one short forward with random
+            tokens or a noise image, always the same ones; it is similar to nearly all tokens of real data. With
+            `init_weights=False` it chooses the sign of the official random prompt. Where the model cannot run by
+            itself the prompt is random and a warning says so. "random" cuts off half of the tokens, or all.
         target_modules: names or a regular expression of the value projections, one in each block. Found by the model
             type when not given.
         exclude_modules: names or a regular expression of value projections to leave alone.
@@ -105,6 +109,13 @@ class TopDownConfig(PeftConfig):
     init_weights: bool = field(
         default=True,
         metadata={"help": "True starts as an exact no-op, False with the official random initialisation."},
+    )
+    init_prompt: str = field(
+        default="features",
+        metadata={
+            "help": "'features' starts the prompt at the mean feature of one short forward with random inputs, so "
+            "that tokens get through; 'random' at random."
+        },
     )
     target_modules: list[str] | str | None = field(
         default=None,
@@ -177,6 +188,8 @@ class TopDownConfig(PeftConfig):
         self.trainable_parts = _check_trainable_parts(self.trainable_parts)
         self._check_rank()
         self._check_range()
+        if self.init_prompt not in ("features", "random"):
+            raise ValueError(f"`init_prompt` is {self.init_prompt!r}; expected 'features' or 'random'.")
         if not self.variational_weight >= 0:
             raise ValueError(f"`variational_weight` is {self.variational_weight!r}; expected 0 or a positive number.")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:

@@ -18,6 +18,7 @@ Notation used for tensor shapes:
 
 import math
 import re
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -26,6 +27,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .config import TopDownConfig
+from .last_mask import LastMask
 from .value_projection import input_size
 
 NO_MERGE = (
@@ -150,6 +152,7 @@ class FeatureSelection(TopDownLayer):
         self.topdown_prompt = nn.ModuleDict()
         self.topdown_transform = nn.ModuleDict()
         self.topdown_config: dict[str, TopDownConfig] = {}
+        self.last_mask = LastMask()
 
     def update_layer(self, adapter_name: str, config: TopDownConfig, hidden_size: int) -> None:
         """Create the prompt and the transform of an adapter, for features of `hidden_size` channels."""
@@ -175,7 +178,9 @@ class FeatureSelection(TopDownLayer):
         transform = self.topdown_transform[adapter_name]
         features = self._cast_input_dtype(features, transform.weight.dtype)
         compared = features if compared is None else self._cast_input_dtype(compared, transform.weight.dtype)
-        return transform(self.mask(compared, adapter_name) * features)
+        mask = self.mask(compared, adapter_name)
+        self.last_mask.keep(mask)
+        return transform(mask * features)
 
 
 class FeedbackLayer(TopDownLayer):
@@ -372,6 +377,14 @@ class FeedbackPath(nn.Module):
             layer = self.layers[str(index)]
             z, feedback[index] = layer(to_device_of(layer, z), adapter_name)
         return feedback
+
+
+def feedback_paths(model: nn.Module) -> Iterator[tuple[nn.Module, FeedbackPath]]:
+    """All backbones in the model that have a feedback path, with it."""
+    for module in model.modules():
+        path = module._modules.get("feedback_path")
+        if isinstance(path, FeedbackPath):
+            yield module, path
 
 
 def belongs_to(adapter_name: str, parameter_name: str) -> bool:

@@ -22,8 +22,7 @@ from torch.nn import functional as F
 
 from .config import TopDownConfig
 from .convolutional_feedback import ConvolutionalFeedbackPath
-from .feedback import FeedbackPath, hidden_states_of
-from .model import feedback_paths
+from .feedback import FeedbackPath, feedback_paths, hidden_states_of
 
 
 class Statistics:
@@ -32,14 +31,16 @@ class Statistics:
     Args:
         backbone: the module with the feedback path.
         adapter_name: the adapter to initialise; it must be active.
+        with_chain: whether to collect what the chain is computed of, or only the mean feature.
     """
 
-    def __init__(self, backbone: nn.Module, adapter_name: str) -> None:
+    def __init__(self, backbone: nn.Module, adapter_name: str, with_chain: bool = True) -> None:
         self.backbone = backbone
         self.path: FeedbackPath = backbone.feedback_path
         self.adapter_name = adapter_name
         # A chain of full matrices that starts from identities; not one that already is what it should be, or fixed.
-        has_chain = type(self.path) is FeedbackPath and self._config.r == 0 and self._config.init_weights
+        has_chain = type(self.path) is FeedbackPath and self.config.r == 0 and self.config.init_weights
+        has_chain = has_chain and with_chain
         self.blocks = self.path.blocks_of(adapter_name) if has_chain else []
         self.num_tokens = 0
         self.mean_feature: torch.Tensor | float = 0.0  # [d], not divided by the number of tokens
@@ -49,8 +50,13 @@ class Statistics:
         self.attention_mask: torch.Tensor | None = None
 
     @property
-    def _config(self) -> TopDownConfig:
+    def config(self) -> TopDownConfig:
         return self.path.selection.topdown_config[self.adapter_name]
+
+    @property
+    def prompt(self) -> nn.Parameter:
+        """The prompt of the adapter. Shape: [d]"""
+        return self.path.selection.topdown_prompt[self.adapter_name].weight
 
     def hooks(self) -> Iterator[Any]:
         """Set the hooks."""
@@ -91,7 +97,8 @@ class Statistics:
                     f"{list(x.shape[:-1])}; expected the same."
                 )
             x = x[self.attention_mask.to(x.device) != 0]
-        return x.reshape(-1, x.shape[-1]).double()
+        exact = torch.float32 if x.device.type == "mps" else torch.float64  # which MPS does not have
+        return x.reshape(-1, x.shape[-1]).to(exact)
 
     def new_weights(self, ridge: float) -> list[tuple[nn.Parameter, torch.Tensor]]:
         """The prompt and the matrices of the chain, each with its new values.
@@ -99,8 +106,7 @@ class Statistics:
         With a ridge towards the identity, which in a residual block is not far away, `linear1' - 1` solves
         `(output' output + ridge) (linear1' - 1) = output' (input - output)`.
         """
-        prompt = self.path.selection.topdown_prompt[self.adapter_name].weight
-        weights = [(prompt, F.normalize(self.mean_feature, dim=0))]
+        weights = [(self.prompt, F.normalize(self.mean_feature, dim=0))]
         for index, gram in self.grams.items():
             identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
             regular = gram + ridge * gram.diagonal().mean() * identity
@@ -147,7 +153,7 @@ def initialize_feedback(
         active = sorted({str(path.active_adapter) for _, path in backbones}) or "none"
         raise ValueError(f"`adapter_name` is {adapter_name!r}; expected the active TOAST adapter, which is {active}.")
     statistics = [Statistics(backbone, adapter_name) for backbone, _ in backbones]
-    _run(model, dataloader, statistics)
+    collect(model, dataloader, statistics)
     if any(collected.num_tokens == 0 for collected in statistics):
         raise ValueError(f"The dataloader {dataloader!r} gave no tokens; expected at least one batch that has some.")
     weights = [pair for collected in statistics for pair in collected.new_weights(ridge)]
@@ -155,8 +161,10 @@ def initialize_feedback(
         parameter.copy_(values)
 
 
-def _run(model: nn.Module, dataloader: Iterable[dict[str, Any]], statistics: list[Statistics]) -> None:
+def collect(model: nn.Module, dataloader: Iterable[dict[str, Any]], statistics: list[Statistics]) -> None:
+    """Run the model over the batches in evaluation mode, while the hooks are set."""
     device = next(model.parameters()).device
+    device = torch.device("cpu") if device.type == "meta" else device  # offloaded: its hooks move the inputs
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -12,17 +12,20 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .block_stack import BlockStack
+from .callback import feedback_statistics
 from .config import TopDownConfig
 from .convolutional_feedback import ConvolutionalFeedbackPath
-from .feedback import NO_MERGE, FeedbackPath, TopDownLayer, belongs_to
+from .feedback import NO_MERGE, FeedbackPath, TopDownLayer, belongs_to, feedback_paths
 from .find_stacks import find_stacks
 from .hierarchical_feedback import HierarchicalFeedbackPath
 from .hierarchical_passes import TwoPassesOverHierarchy
 from .hierarchical_stack import HierarchicalStack
 from .passes import TwoPasses
 from .pretrained_feedback import copy_weights, start_from_pretrained
+from .prompt_start import start_prompts
 from .stage_passes import TwoPassesOverStages
 from .stage_stack import StageStack
+from .variational_loss import last_variational_loss
 
 # Modules that PEFT itself adds to `modules_to_save` by task type, whether the model has them or not.
 _HEADS_ADDED_BY_PEFT = {"classifier", "score", "qa_outputs"}
@@ -57,6 +60,8 @@ class TopDownModel(BaseTuner):
             is_loaded = config.is_of_saved_adapter and config.pretrained_feedback is None
             if config.pretrained_feedback is not None:
                 self._pretrained[adapter_name] = start_from_pretrained(self.model, adapter_name, config)
+            elif not is_loaded:
+                start_prompts(self.model, adapter_name)
         except Exception:
             _undo_injection(model, adapter_name, trainable)
             raise
@@ -130,9 +135,11 @@ class TopDownModel(BaseTuner):
     @property
     def last_variational_loss(self) -> torch.Tensor | None:
         """The last variational loss that became a part of a loss, times its weight, without gradient; to be logged."""
-        losses = [path.passes.loss_hook.last for _, path in feedback_paths(self.model)]
-        found = [loss for loss in losses if loss is not None]
-        return sum(loss.to(found[0].device) for loss in found) if found else None
+        return last_variational_loss(self.model)
+
+    def feedback_statistics(self) -> dict[str, float]:
+        """The share of open tokens and the mean mask of the last forward, see [`feedback_statistics`]."""
+        return feedback_statistics(self.model)
 
     # --------------------------------------------------------------------------------------- switching and removing
 
@@ -251,14 +258,6 @@ def describe_differences(expected: dict[str, tuple], found: dict[str, tuple]) ->
         if tuple(expected[name]) != tuple(found[name])
     ]
     return problems + shapes
-
-
-def feedback_paths(model: nn.Module) -> Iterator[tuple[nn.Module, FeedbackPath]]:
-    """All backbones in the model that have a feedback path, with it."""
-    for module in model.modules():
-        path = module._modules.get("feedback_path")
-        if isinstance(path, FeedbackPath):
-            yield module, path
 
 
 def _add_feedback_path(stack: BlockStack) -> None:

@@ -331,6 +331,7 @@ class BackboneForward(ReplacedForward):
         if run.last_output is None:  # LayerDrop left out every block: there is nothing to start the feedback from
             run.repeat_lower_blocks = True
         else:
+            self.path.selection.last_mask.start(kwargs.get("attention_mask"))
             run.feedback = self._feedback(run, config, adapter_name)
         run.first_pass = False
         self.state.run = run
