@@ -45,6 +45,8 @@ def test_every_option_has_a_help() -> None:
         ({"feedback_to": 6.0}, "`feedback_to` is 6.0; as a float it is a fraction"),
         ({"feedback_to": -0.5}, "`feedback_to` is -0.5"),
         ({"feedback_to": None}, "`feedback_to` is None"),
+        ({"init_prompt": "zeros"}, "`init_prompt` is 'zeros'; expected 'features' or 'random'"),
+        ({"init_prompt": None}, "`init_prompt` is None"),
         ({"target_modules": r".*v_proj", "layers_to_transform": [0]}, "`layers_to_transform` cannot be used"),
     ],
     ids=str,

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from .feedback import FeatureSelection, feedback_paths
 from .initialization import Statistics, collect
+from .last_mask import LastMask
 
 _NUM_TOKENS = 64
 _IMAGE_SIZE = 224  # for models that take images of any size
@@ -92,15 +93,15 @@ def _innermost_model(model: nn.Module, backbones: list[nn.Module]) -> nn.Module:
 
 @contextmanager
 def _active(selections: list[FeatureSelection], adapter_name: str) -> Iterator[None]:
-    """Run with this adapter, whichever is active, and without changing what is trained."""
-    before = [(selection, selection._active_adapter, selection._disable_adapters) for selection in selections]
+    """Run with this adapter, whichever is active, without changing what is trained, and leave no statistics."""
+    before = [(part, part._active_adapter, part._disable_adapters, part.last_mask) for part in selections]
     try:
-        for selection in selections:
-            selection._active_adapter, selection._disable_adapters = [adapter_name], False
+        for part in selections:
+            part._active_adapter, part._disable_adapters, part.last_mask = [adapter_name], False, LastMask()
         yield
     finally:
-        for selection, active, disabled in before:
-            selection._active_adapter, selection._disable_adapters = active, disabled
+        for part, *values in before:
+            part._active_adapter, part._disable_adapters, part.last_mask = values
 
 
 def _inputs(model: nn.Module) -> dict[str, Any]:
