@@ -27,8 +27,8 @@ from .initialization import Statistics, collect
 from .last_mask import LastMask
 
 # Root mean square of the entries, which sets how far a step turns the prompt: Adam moves each by up to the learning
-# rate. After 50 steps with 1e-2, a LLaMA of 3 M parameters had 0 % of its tokens open from a random prompt (0.02), 37 %
-# from one of length 1 (0.07), 88 % from 0.3 and 99 % from 1. With 3e-3 and less the last three learn alike.
+# rate. After 50 steps with 1e-2, a LLaMA of 3 M parameters had 0 % of its tokens open from a random prompt (0.02),
+# 37 % from one of length 1 (0.07), 88 % from 0.3 and 99 % from 1. With 3e-3 and less the last three learn alike.
 _SIZE_OF_ENTRIES = 0.3
 _NUM_TOKENS = 64
 _IMAGE_SIZE = 224  # for models that take images of any size
