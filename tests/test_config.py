@@ -93,6 +93,8 @@ def test_every_option_has_a_help() -> None:
         ({"num_blocks": [4, 0]}, r"`num_blocks` is \[4, 0\]"),
         ({"num_blocks": -4}, "`num_blocks` is -4"),
         ({"hidden_size": 32.0}, "`hidden_size` is 32.0"),
+        ({"init_prompt": "zeros"}, "`init_prompt` is 'zeros'; expected 'features' or 'random'"),
+        ({"init_prompt": None}, "`init_prompt` is None"),
         ({"target_modules": r".*v_proj", "layers_to_transform": [0]}, "`layers_to_transform` cannot be used"),
     ],
     ids=str,

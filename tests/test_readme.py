@@ -7,12 +7,18 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import datasets
+import numpy as np
 import pytest
+import transformers
 from peft import get_peft_model
-from transformers import ViTConfig, ViTForImageClassification
+from PIL import Image
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from toast_peft import TopDownConfig
 from toast_peft.architectures import ARCHITECTURES, CONVOLUTIONAL_ARCHITECTURES, HIERARCHICAL_ARCHITECTURES
+
+from .models import MODELS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -26,6 +32,28 @@ def test_printed_parameters() -> None:
     model = get_peft_model(base, TopDownConfig(r=8, modules_to_save=["classifier"]))
     trainable, total = model.get_nb_trainable_parameters()
     assert f"# trainable params: {trainable:,} || all params: {total:,} || " in README
+
+
+def test_first_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """It trains, with a tiny model and random images in place of what it downloads."""
+    config = ViTConfig(**MODELS[ViTForImageClassification][1], num_labels=10)
+    images = [Image.fromarray(rows) for rows in np.random.default_rng(0).integers(0, 255, (16, 12, 12, 3), np.uint8)]
+    data = datasets.Dataset.from_dict({"img": images, "label": list(range(8)) * 2})
+    processor = ViTImageProcessorPil(size={"height": 8, "width": 8})
+    for owner, function, result in (
+        (transformers.AutoModelForImageClassification, "from_pretrained", ViTForImageClassification(config)),
+        (transformers.AutoImageProcessor, "from_pretrained", processor),
+        (datasets, "load_dataset", data),
+    ):
+        monkeypatch.setattr(owner, function, lambda *args, result=result, **kwargs: result)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"__name__": "example"}
+    exec(
+        re.findall(r"```python\n(.*?)```", README, re.DOTALL)[0].replace('"outputs"', '"outputs", use_cpu=True'), names
+    )
+    assert (tmp_path / "toast-adapter" / "adapter_model.safetensors").is_file()
+    assert names["model"].feedback_statistics()["open_tokens"] > 0.5
+    assert "trainable params: " in capsys.readouterr().out
 
 
 def test_every_option_is_explained() -> None:

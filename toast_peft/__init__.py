@@ -4,6 +4,7 @@ Importing the package registers the method; from then on `TopDownConfig` works w
 adapters load with `PeftModel.from_pretrained`.
 """
 
+from .callback import FeedbackCallback, feedback_statistics
 from .config import OFFICIAL_STAGES, TopDownConfig
 from .convert import from_official_checkpoint
 from .initialization import initialize_feedback
@@ -11,6 +12,14 @@ from .model import TopDownModel
 from .registration import register
 
 __version__ = "0.1.0"
-__all__ = ["OFFICIAL_STAGES", "TopDownConfig", "TopDownModel", "from_official_checkpoint", "initialize_feedback"]
+__all__ = [
+    "OFFICIAL_STAGES",
+    "FeedbackCallback",
+    "TopDownConfig",
+    "TopDownModel",
+    "feedback_statistics",
+    "from_official_checkpoint",
+    "initialize_feedback",
+]
 
 register(TopDownConfig, TopDownModel)

@@ -3,7 +3,7 @@
 import os
 import warnings
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from peft import PeftConfig
 from peft.utils import PeftType
@@ -62,6 +62,10 @@ class TopDownConfig(PeftConfig):
         init_weights: True starts as an exact no-op (`linear1` identity, in a ConvNet the nearest to it, and `linear2`
             zero). False is the random initialisation of the official code, from which the adapted output differs from
             the base model's.
+        init_prompt: "features" starts the prompt at the mean normalised feature of one short forward with random
+            tokens or a noise image, always the same ones; it is similar to nearly all tokens of real data. With
+            `init_weights=False` it chooses the sign of the official random prompt. Where the model cannot run by
+            itself the prompt is random and a warning says so. "random" cuts off half of the tokens, or all.
         target_modules: names or a regular expression of the value projections, one in each block. Found by the model
             type when not given. What is known or looks to compute something else than values is refused.
         exclude_modules: names or a regular expression of value projections to leave alone.
@@ -127,6 +131,13 @@ class TopDownConfig(PeftConfig):
     init_weights: bool = field(
         default=True,
         metadata={"help": "True starts as an exact no-op, False with the official random initialisation."},
+    )
+    init_prompt: Literal["features", "random"] = field(
+        default="features",
+        metadata={
+            "help": "'features' starts the prompt at the mean feature of one short forward with random inputs, so "
+            "that tokens get through; 'random' at random."
+        },
     )
     target_modules: list[str] | str | None = field(
         default=None,

@@ -58,6 +58,7 @@ _EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "feedback_to": _BLOCK,
     "trainable_parts": (f"at least one of {list(TRAINABLE_PARTS)}", _are_parts),
     "init_weights": _SWITCH,
+    "init_prompt": ("'features' or 'random'", _any),
     "target_modules": _NAMES,
     "exclude_modules": _NAMES,
     "layers_to_transform": ("a block index or a list of them", _any),

@@ -199,6 +199,7 @@ def _official_config(
         "lora_alpha": 1,
         "trainable_parts": stage["trainable_parts"],
         "init_weights": False,
+        "init_prompt": "random",  # all weights are in the checkpoint
         "normalize_features": official.normalize_features,
         "double_value_bias": official.double_value_bias,
     }

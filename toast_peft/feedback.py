@@ -28,6 +28,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .config import TopDownConfig
+from .last_mask import LastMask
 from .value_projection import input_size
 
 NO_MERGE = (
@@ -197,6 +198,7 @@ class FeatureSelection(TopDownLayer):
         self.topdown_transform = nn.ModuleDict()
         self.topdown_config: dict[str, TopDownConfig] = {}
         self.topdown_identity: dict[str, AdapterIdentity] = {}
+        self.last_mask = LastMask()
 
     def update_layer(self, adapter_name: str, config: TopDownConfig, hidden_size: int) -> None:
         """Create the prompt and the transform of an adapter, for features of `hidden_size` channels."""
@@ -223,7 +225,9 @@ class FeatureSelection(TopDownLayer):
         transform = self.topdown_transform[adapter_name]
         features = self._cast_input_dtype(features, transform.weight.dtype)
         compared = features if compared is None else self._cast_input_dtype(compared, transform.weight.dtype)
-        return transform(self.mask(compared, adapter_name) * features)
+        mask = self.mask(compared, adapter_name)
+        self.last_mask.keep(mask)
+        return transform(mask * features)
 
 
 class FeedbackLayer(TopDownLayer):

@@ -14,6 +14,7 @@ from torch import nn
 
 from .base_feedback import copy_weights, is_in_base_feedback, load_base_feedback
 from .block_stack import BlockStack
+from .callback import feedback_statistics
 from .config import TopDownConfig
 from .convolutional_feedback import ConvolutionalFeedbackPath
 from .feedback import NO_MERGE, FeedbackPath, TopDownLayer, belongs_to, feedback_paths
@@ -24,9 +25,11 @@ from .hierarchical_stack import HierarchicalStack
 from .loading import SAVED_PREFIX, PendingLoad, by_names_of_parameters, check_weights, read_weights
 from .passes import TwoPasses
 from .pretrained_feedback import start_from_pretrained
+from .prompt_start import start_prompts
 from .snapshot import Snapshot, restored_on_failure
 from .stage_passes import TwoPassesOverStages
 from .stage_stack import StageStack
+from .variational_loss import last_variational_loss
 
 # Modules that PEFT itself adds to `modules_to_save` by task type, whether the model has them or not.
 _HEADS_ADDED_BY_PEFT = {"classifier", "score", "qa_outputs"}
@@ -73,11 +76,12 @@ class TopDownModel(BaseTuner):
             config = self.peft_config[adapter_name]
             if config.pretrained_feedback is not None:
                 self._pretrained[adapter_name] = start_from_pretrained(self.model, adapter_name, config)
+            elif config.is_of_saved_adapter:
+                self._pending_loads[adapter_name] = PendingLoad(before, model, adapter_name)
             else:
-                if config.base_feedback is not None:
-                    self._pretrained[adapter_name] = load_base_feedback(self.model, adapter_name, config)
-                if config.is_of_saved_adapter:
-                    self._pending_loads[adapter_name] = PendingLoad(before, model, adapter_name)
+                start_prompts(self.model, adapter_name)
+            if config.base_feedback is not None and adapter_name not in self._pretrained:
+                self._pretrained[adapter_name] = load_base_feedback(self.model, adapter_name, config)
             if weights is not None:
                 loaded = by_names_of_parameters(model, adapter_name, weights)
                 check_weights(model, adapter_name, config, loaded)
@@ -149,9 +153,11 @@ class TopDownModel(BaseTuner):
     @property
     def last_variational_loss(self) -> torch.Tensor | None:
         """The last variational loss that became a part of a loss, times its weight, without gradient; to be logged."""
-        losses = [path.passes.loss_hook.last for _, path in feedback_paths(self.model)]
-        found = [loss for loss in losses if loss is not None]
-        return sum(loss.to(found[0].device) for loss in found) if found else None
+        return last_variational_loss(self.model)
+
+    def feedback_statistics(self) -> dict[str, float]:
+        """The share of open tokens and the mean mask of the last forward, see [`feedback_statistics`]."""
+        return feedback_statistics(self.model)
 
     # --------------------------------------------------------------------------------------- switching and removing
 

@@ -213,6 +213,7 @@ class BackboneForward(ReplacedForward):
             run.reconstruction = Reconstruction(self.path, adapter_name, padding_to_leave_out(config, kwargs))
         cache = self._cache(adapter_name, run, kwargs)
         self._first_pass(run, kwargs if cache is None else {**kwargs, **cache.in_first_pass})
+        self.path.selection.last_mask.start(kwargs.get("attention_mask"))
         run.feedback = self._feedback(run, config, adapter_name)
         run.first_pass = False
         self.state.run = run

@@ -15,7 +15,7 @@ from torch import nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from .config import TopDownConfig
-from .feedback import FeedbackPath, hidden_states_of, to_device_of
+from .feedback import FeedbackPath, feedback_paths, hidden_states_of, to_device_of
 
 
 class Reconstruction:
@@ -114,6 +114,13 @@ class LossHook:
         """Remove the hooks."""
         for handle in self.handles:
             handle.remove()
+
+
+def last_variational_loss(model: nn.Module) -> torch.Tensor | None:
+    """The last variational loss that became a part of a loss, times its weight, without gradient; to be logged."""
+    losses = [path.passes.loss_hook.last for _, path in feedback_paths(model)]
+    found = [loss for loss in losses if loss is not None]
+    return sum(loss.to(found[0].device) for loss in found) if found else None
 
 
 def _share_of_batch(model: nn.Module, kwargs: dict[str, Any]) -> torch.Tensor | float:

@@ -1,0 +1,89 @@
+"""Shows in training whether feedback gets through: the share of open tokens, the mean mask, the variational loss."""
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .feedback import FeedbackPath
+from .variational_loss import last_variational_loss
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+_TURNED_AWAY = (
+    "At step {step} the prompt of the TOAST adapter has turned away from all tokens ({names} is 0): there is no "
+    "feedback and nothing of it learns any more, whatever the loss does; start anew with a lower learning rate (2e-4 "
+    "for image classifiers, 1e-3 for Lite, 3e-3 for language models are good), after "
+    "`toast_peft.initialize_feedback(model, dataloader)`."
+)
+
+
+def feedback_statistics(model: nn.Module) -> dict[str, float]:
+    """How much the mask let through in the last forward with an active adapter.
+
+    It is computed, and waited for, when it is asked for; a forward only keeps its mask. In distributed training it is
+    about the rows of this process, in generation about the last step, in threads about the last forward of the own
+    thread.
+
+    Args:
+        model: has the adapter, as a PEFT model or injected directly.
+
+    Returns:
+        `open_tokens`, the share of the tokens whose mask is above 0, and `mean_mask`, both from 0 to 1 and over all
+        tokens of the batch but padding (`attention_mask` 0). Of an encoder-decoder `encoder_open_tokens`,
+        `decoder_open_tokens` and so on. Empty before the first forward.
+    """
+    named = {name: module for name, module in model.named_modules() if isinstance(module, FeedbackPath)}
+    statistics = {}
+    for name, path in named.items():
+        prefix = "" if len(named) == 1 else f"{name.split('.')[-2]}_"
+        values = path.selection.last_mask.statistics()
+        statistics |= {prefix + key: value for key, value in values.items()}
+    return statistics
+
+
+class FeedbackCallback(TrainerCallback):
+    """Logs `feedback_statistics` of the last training step, and the variational loss, when the trainer logs the loss.
+
+    It warns, once, when no token is open any more. Nothing is computed in other steps.
+
+    Args:
+        trainer: logs it, so that it goes wherever the trainer's logs go.
+
+    Example:
+
+    ```py
+    >>> trainer = Trainer(model=model, args=args, train_dataset=train_set)
+    >>> trainer.add_callback(toast_peft.FeedbackCallback(trainer))
+    ```
+    """
+
+    def __init__(self, trainer: "Trainer") -> None:
+        self.trainer = trainer
+        self.has_warned = False
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        logs: dict[str, Any],
+        **kwargs: Any,
+    ) -> None:
+        """After the loss of some steps has been logged, and before anything else runs."""
+        if "loss" not in logs:  # of an evaluation, or what is logged here
+            return
+        statistics = feedback_statistics(model)
+        closed = [name for name, value in statistics.items() if name.endswith("open_tokens") and value == 0]
+        if closed and not self.has_warned:
+            self.has_warned = True
+            warnings.warn(_TURNED_AWAY.format(step=state.global_step, names=" and ".join(closed)), stacklevel=2)
+        metrics = {f"feedback_{name}": value for name, value in statistics.items()}
+        loss = last_variational_loss(model)
+        if loss is not None:
+            metrics["variational_loss"] = loss.item()
+        if metrics:
+            self.trainer.log(metrics)
