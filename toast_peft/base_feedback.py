@@ -16,7 +16,7 @@ from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from .config import TopDownConfig
-from .feedback import belongs_to
+from .topdown_layer import belongs_to
 
 
 def read_weights(path: str, revision: str | None, subfolder: str | None) -> tuple[dict[str, torch.Tensor], str | None]:

@@ -7,8 +7,8 @@ from torch import nn
 
 from .base_feedback import is_in_base_feedback
 from .config import TopDownConfig
-from .feedback import belongs_to
 from .snapshot import Snapshot
+from .topdown_layer import belongs_to
 
 SAVED_PREFIX = "base_model.model."  # before each name in a file that PEFT has saved
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

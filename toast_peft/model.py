@@ -17,7 +17,7 @@ from .block_stack import BlockStack
 from .callback import feedback_statistics
 from .config import TopDownConfig
 from .convolutional_feedback import ConvolutionalFeedbackPath
-from .feedback import NO_MERGE, FeedbackPath, TopDownLayer, belongs_to, feedback_paths
+from .feedback import FeedbackPath, feedback_paths
 from .find_stacks import find_stacks
 from .hierarchical_feedback import HierarchicalFeedbackPath
 from .hierarchical_passes import TwoPassesOverHierarchy
@@ -29,6 +29,7 @@ from .prompt_start import start_prompts
 from .snapshot import Snapshot, restored_on_failure
 from .stage_passes import TwoPassesOverStages
 from .stage_stack import StageStack
+from .topdown_layer import NO_MERGE, TopDownLayer, belongs_to
 from .variational_loss import last_variational_loss
 
 # Modules that PEFT itself adds to `modules_to_save` by task type, whether the model has them or not.

@@ -1,0 +1,111 @@
+"""What PEFT asks of the layers of a method: containers keyed by adapter name, switching, and what is refused."""
+
+import re
+import uuid
+from typing import ClassVar
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from .config import TopDownConfig
+
+NO_MERGE = (
+    "TOAST cannot be merged into the base model: the feedback depends on the input, it is not a change of weights. "
+    "Keep the adapter, or use `unload()` to get the plain base model back."
+)
+NO_DELTA_WEIGHT = (
+    "TOAST has no delta weight: the feedback depends on the input, it is not a change of weights. To see what an "
+    "adapter changes, compare the outputs with and without `disable_adapter()`."
+)
+NO_SCALE = (
+    "TOAST has no scale that could be changed after training. To strengthen or weaken the feedback, multiply the "
+    "weights of `topdown_linear2` and `topdown_linear2_B` in all blocks."
+)
+
+
+class TopDownLayer(nn.Module, BaseTunerLayer):
+    """What the parts of the feedback share: containers keyed by adapter name, as PEFT wants them.
+
+    Args:
+        value_projection: the layer whose device and dtype new parameters take. It stays a part of its own block.
+    """
+
+    cast_input_dtype_enabled = True
+    # Container name without prefix -> the entry of `trainable_parts` it belongs to.
+    parts: ClassVar[dict[str, str]] = {}
+
+    def __init__(self, value_projection: nn.Module) -> None:
+        super().__init__()
+        # Past nn.Module's registration: the projection must not become a second owner's submodule.
+        self.__dict__["value_projection"] = value_projection
+        self.frozen_peft_weight_names = {}
+        self.merged_adapters = []
+        # Not a method: PEFT takes a method for mergeable if its layers have one.
+        self.merge = _merge_nothing
+
+    def get_base_layer(self) -> nn.Module:
+        """The value projection without any wrapper of another method; PEFT takes device and dtype from it."""
+        layer = self.value_projection
+        return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+
+    def _finish_update(self, adapter_name: str, config: TopDownConfig, frozen: tuple[str, ...] = ()) -> None:
+        parts = {f"topdown_{name}": part for name, part in self.parts.items()}
+        untrained = {name for name, part in parts.items() if part not in config.trainable_parts}
+        self.frozen_peft_weight_names[adapter_name] = tuple(sorted(untrained | set(frozen)))
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # The weights of an offloaded layer are not on the device it runs on; its accelerate hook knows that.
+        hook = getattr(self.get_base_layer(), "_hf_hook", None)
+        device = getattr(hook, "execution_device", None) if device is None else device
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Make an adapter the active one.
+
+        Raises:
+            ValueError: if several are named; feedback of several adapters at a time is not defined.
+        """
+        if not isinstance(adapter_names, str) and len(adapter_names) > 1:
+            raise ValueError(f"TOAST runs one adapter at a time, but {list(adapter_names)} were to be activated.")
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+
+    def unmerge(self) -> None:
+        """Nothing: feedback is never merged."""
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """Always raises: feedback is not a change of weights."""
+        raise NotImplementedError(NO_DELTA_WEIGHT)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Always raises: feedback has no scale besides its weights."""
+        raise NotImplementedError(NO_SCALE)
+
+    def scale_layer(self, scale: float) -> None:
+        """Always raises: feedback has no scale besides its weights."""
+        raise NotImplementedError(NO_SCALE)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Always raises: feedback has no scale besides its weights."""
+        raise NotImplementedError(NO_SCALE)
+
+
+def _merge_nothing(safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+    """For another method, which calls this as well when it merges its own. TOAST's tuner refuses to merge."""
+
+
+class AdapterIdentity:
+    """Tells an adapter of one model from any other, also of the same name; one of a copied model has its own."""
+
+    def __init__(self) -> None:
+        self.id = uuid.uuid4().hex
+
+    def __deepcopy__(self, memo: dict) -> "AdapterIdentity":
+        return AdapterIdentity()
+
+
+def belongs_to(adapter_name: str, parameter_name: str) -> bool:
+    """Whether a parameter of a model is feedback of an adapter, `...topdown_prompt.default.weight` for example."""
+    return re.search(rf"\.topdown_\w+\.{re.escape(adapter_name)}\.", parameter_name) is not None
