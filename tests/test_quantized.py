@@ -10,6 +10,8 @@ from peft import PeftModel, prepare_model_for_kbit_training
 from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig
 
+from toast_peft import initialize_feedback
+
 from .models import (
     VARIANTS,
     VIT_AND_LLAMA,
@@ -80,6 +82,16 @@ def test_starts_as_the_quantized_base_model(model_class: type, quantization: str
     model = adapted(base)
     assert torch.equal(output_of(model), expected)
     assert {p.dtype for name, p in model.named_parameters() if "topdown_" in name} == {torch.float32}
+
+
+@quantizations
+@both_models
+def test_a_model_in_evaluation_mode_can_be_trained(model_class: type, quantization: str, checkpoint: Path) -> None:
+    """As `from_pretrained` gives it; making the adapter runs it, as `initialize_feedback` does."""
+    model = adapted(quantized(model_class, checkpoint, quantization).eval())
+    initialize_feedback(model, [inputs_of(model)])
+    losses = train(model.train())
+    assert losses[-1] < 0.9 * losses[0], losses
 
 
 @pytest.mark.parametrize("variant", ["full", "lite", "middle"])

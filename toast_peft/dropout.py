@@ -4,7 +4,7 @@ Its features are then those of inference also in training, and it uses up no ran
 model would draw, so that an adapter that starts as a no-op starts as the base model in training mode as well.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -13,6 +13,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .value_projection import input_size
 
 # Parts of the names that transformers gives to what is random in training: `attn_pdrop`, `layerdrop`,
 # `drop_path_rate`, `router_jitter_noise`.
@@ -39,6 +41,23 @@ def _is_positive(value: Any) -> bool:
 
 
 @contextmanager
+def in_evaluation_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, the modules are in evaluation mode, but for linear layers, which are in training mode.
+
+    To these it is all the same, but for one of bitsandbytes with 4 bits on a CPU: when it first runs in evaluation
+    mode, it packs its weights for good and has no gradient from then on.
+    """
+    modules = [module for module in modules if module.training == (input_size(module) is None)]
+    for module in modules:
+        module.training = not module.training
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.training = not module.training
+
+
+@contextmanager
 def dropout_off(*roots: nn.Module, checkpointed: bool = False) -> Iterator[None]:
     """Inside, the modules and all in them are in evaluation mode; but norms that use the batch go on doing so.
 
@@ -47,17 +66,11 @@ def dropout_off(*roots: nn.Module, checkpointed: bool = False) -> Iterator[None]
         checkpointed: leave out blocks with gradient checkpointing, which is a matter of training mode as well; their
             checkpointed calls switch dropout off themselves.
     """
-    modules = [module for root in roots for module in root.modules() if module.training]
-    modules = [module for module in modules if not isinstance(module, _NormBase)]
+    modules = [module for root in roots for module in root.modules() if not isinstance(module, _NormBase)]
     if checkpointed:
         modules = [m for m in modules if not (isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing)]
-    for module in modules:
-        module.training = False
-    try:
+    with in_evaluation_mode(modules):
         yield
-    finally:
-        for module in modules:
-            module.training = True
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from .config import TopDownConfig
 from .convolutional_feedback import ConvolutionalFeedbackPath
+from .dropout import in_evaluation_mode
 from .feedback import FeedbackPath, feedback_paths, hidden_states_of
 
 # Root mean square of the entries of a prompt that starts at features. It sets how far a step turns the prompt: Adam
@@ -198,16 +199,11 @@ def collect(model: nn.Module, dataloader: Iterable[dict[str, Any]], statistics: 
     """Run the model over the batches in evaluation mode, while the hooks are set."""
     device = next(model.parameters()).device
     device = torch.device("cpu") if device.type == "meta" else device  # offloaded: its hooks move the inputs
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with ExitStack() as stack:
-            for hook in (hook for collected in statistics for hook in collected.hooks()):
-                stack.enter_context(hook)
-            for batch in dataloader:
-                if not isinstance(batch, Mapping):
-                    raise ValueError(f"The dataloader gave a {type(batch).__name__}; expected dicts of model inputs.")
-                model(**{name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in batch.items()})
-    finally:
-        for module, was_training in training.items():
-            module.training = was_training
+    with ExitStack() as stack:
+        stack.enter_context(in_evaluation_mode(model.modules()))
+        for hook in (hook for collected in statistics for hook in collected.hooks()):
+            stack.enter_context(hook)
+        for batch in dataloader:
+            if not isinstance(batch, Mapping):
+                raise ValueError(f"The dataloader gave a {type(batch).__name__}; expected dicts of model inputs.")
+            model(**{name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in batch.items()})
