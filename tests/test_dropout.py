@@ -111,3 +111,8 @@ def test_modules_are_in_training_mode_again_after_an_error() -> None:
     with pytest.raises(AttributeError):
         model(pixel_values="no image")
     assert all(module.training for module in model.modules())
+
+
+def test_dropout_of_the_factors_alone_is_none_of_the_passes() -> None:
+    model = adapted(tiny_model(tf.LlamaModel).train(), r=2, lora_dropout=0.5)
+    assert not has_dropout(model.get_base_model())

@@ -336,11 +336,18 @@ def test_what_a_file_names_is_not_read(
     assert torch.equal(output_of(model.eval()), output_of(source))
 
 
-def test_a_file_that_does_not_say_its_type(tmp_path: Path) -> None:
-    adapted(tiny_model(tf.ViTModel)).save_pretrained(tmp_path)
-    edit(tmp_path, pretrained_feedback="nowhere", peft_type=None)
-    with pytest.warns(UserWarning, match="`pretrained_feedback='nowhere'` in the file of an adapter is ignored"):
-        assert TopDownConfig.from_pretrained(tmp_path).pretrained_feedback is None
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"pretrained_feedback": "nowhere"}', "does not say its"),
+        ("[]", "does not say its"),
+        ('{"r": 2', "is no JSON"),
+    ],
+)
+def test_a_file_that_is_not_a_config(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"adapter_config\.json' {message}"):
+        TopDownConfig.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -153,6 +153,21 @@ def test_official_prompt_keeps_its_distribution_up_to_the_sign(model_class: type
     assert 0 < turned < 6
 
 
+@pytest.mark.parametrize("model_class", [tf.LlamaForCausalLM, tf.GPT2LMHeadModel, tf.GPTNeoXForCausalLM])
+def test_official_prompt_opens_short_inputs_of_random_models(model_class: type) -> None:
+    """Those of PEFT's own tests, which want to see an effect: the features of random weights share no direction."""
+    inputs = {
+        "input_ids": torch.tensor([[1, 1, 1], [1, 2, 1]]),
+        "attention_mask": torch.tensor([[1, 1, 1], [1, 0, 1]]),
+    }
+    for seed in range(8):
+        base = tiny_model(model_class)
+        torch.manual_seed(seed)
+        model = adapted(base, init_weights=False)
+        model(**inputs)
+        assert feedback_statistics(model)["open_tokens"] > 0
+
+
 def test_second_adapter_and_what_is_trained() -> None:
     model = adapted(tiny_model(tf.LlamaForCausalLM)).train()
     frozen = model.get_base_model().model.norm.eval()
@@ -315,3 +330,9 @@ def test_encoder_and_decoder_get_prompts_of_their_own() -> None:
     assert F.cosine_similarity(encoder, decoder, dim=0) < 0.9
     output_of(model)
     assert feedback_statistics(model)["decoder_open_tokens"] > 0.5
+
+
+def test_encoder_of_sounds_and_decoder_of_text() -> None:
+    with no_sentence():
+        prompts = prompts_of(adapted(tiny_model(tf.WhisperForConditionalGeneration, max_source_positions=10)))
+    torch.testing.assert_close(prompts.square().mean(1).sqrt(), torch.full((2,), 0.3))

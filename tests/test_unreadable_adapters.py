@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors import SafetensorError
 
 from toast_peft import TopDownConfig
@@ -119,3 +119,32 @@ def test_saved_config_makes_a_new_adapter(saved: Path) -> None:
     model = get_peft_model(tiny_model(tf.LlamaForCausalLM), config)
     assert torch.equal(output_of(model.eval()), output_of(tiny_model(tf.LlamaForCausalLM)))
     assert any(p.requires_grad for p in model.parameters())
+
+
+def test_prompt_of_a_new_adapter_with_the_config_of_another_one(saved: Path) -> None:
+    """No weights will come for it, so it starts as any new adapter does."""
+    other = TopDownConfig.from_pretrained(saved)
+    other.lora_dropout, other.inference_mode = 0.1, False
+    read = PeftConfig.from_pretrained(saved)
+    read.inference_mode = False
+    new = TopDownConfig()
+    get_peft_model(tiny_model(tf.LlamaForCausalLM), new)
+    for config in (other, read, TopDownConfig(**new.to_dict())):
+        model = get_peft_model(tiny_model(tf.LlamaForCausalLM), config)
+        [prompt] = [p for name, p in model.named_parameters() if "topdown_prompt" in name]
+        torch.testing.assert_close(prompt.square().mean().sqrt(), torch.tensor(0.3))
+
+
+def test_failed_weights_take_only_their_own_adapter_away(saved: Path) -> None:
+    model = adapted(tiny_model(tf.LlamaForCausalLM))
+    model.add_adapter("other", PeftConfig.from_pretrained(saved))
+    with pytest.raises(ValueError, match="missing"):
+        set_peft_model_state_dict(model, {}, "other")
+    assert list(model.peft_config) == ["default"]
+    model.add_adapter("other", PeftConfig.from_pretrained(saved))
+    model.add_adapter("trained", TopDownConfig())
+    with pytest.raises(ValueError, match="missing"):
+        set_peft_model_state_dict(model, {}, "other")
+    model.set_adapter("trained")
+    assert set(model.peft_config) == {"default", "other", "trained"}
+    assert any(".trained." in name for name, _ in model.named_parameters())

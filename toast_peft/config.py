@@ -283,8 +283,24 @@ class TopDownConfig(PeftConfig):
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
-        """The options in a file."""
-        return {"peft_type": PeftType.TOPDOWN.value} | super().from_json_file(path_json_file, **kwargs)
+        """The options in a file.
+
+        Raises:
+            ValueError: if the file is damaged.
+        """
+        try:
+            options = super().from_json_file(path_json_file, **kwargs)
+        except ValueError as error:
+            raise ValueError(
+                f"{str(path_json_file)!r} is no JSON ({error}); expected the config of an adapter as "
+                "`save_pretrained` writes it. Save or download the adapter again."
+            ) from error
+        if not isinstance(options, dict) or not isinstance(options.get("peft_type"), str):
+            raise ValueError(
+                f"{str(path_json_file)!r} does not say its `peft_type`; expected the config of an adapter as "
+                "`save_pretrained` writes it. Save or download the adapter again."
+            )
+        return options
 
     def to_dict(self) -> dict[str, Any]:
         """The options that are saved."""

@@ -22,10 +22,11 @@ _RANDOM = ("drop", "jitter")
 
 
 def has_dropout(backbone: nn.Module) -> bool:
-    """Whether a forward of the backbone in its present mode is random."""
+    """Whether a pass over the backbone in its present mode is random; what is in the feedback path is in neither."""
     if not backbone.training:
         return False
-    if any(isinstance(module, _DropoutNd) and module.p > 0 for module in backbone.modules()):
+    modules = [module for name, module in backbone.named_modules() if not name.startswith("feedback_path.")]
+    if any(isinstance(module, _DropoutNd) and module.p > 0 for module in modules):
         return True
     # Attention, blocks and backbones call functions with a rate that they have from the config.
     config = getattr(backbone, "config", None)

@@ -27,11 +27,22 @@ class PendingLoad:
         self.before = before
         parameters = [p for name, p in model.named_parameters() if belongs_to(adapter_name, name)]
         self.versions = [(parameter, parameter._version) for parameter in parameters]
+        self.model, self.adapter_name = model, adapter_name
+        self.modules = list(model.modules())
 
-    def undo(self) -> None:
-        """Take the adapter out again, unless it has been trained or set by other means meanwhile."""
-        if all(parameter._version == version for parameter, version in self.versions):
+    def undo(self, configs: dict[str, TopDownConfig]) -> None:
+        """Take the adapter out again, unless it has been trained or set by other means, or others added, meanwhile.
+
+        Args:
+            configs: those of the PEFT model; another adapter's config stays, the only one does so too.
+        """
+        is_as_added = len(self.modules) == sum(1 for _ in self.model.modules()) and all(
+            then is now for then, now in zip(self.modules, self.model.modules(), strict=True)
+        )
+        if is_as_added and all(parameter._version == version for parameter, version in self.versions):
             self.before.restore()
+            if len(configs) > 1:
+                configs.pop(self.adapter_name, None)
 
 
 def read_weights(config: TopDownConfig) -> dict[str, torch.Tensor] | None:

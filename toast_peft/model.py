@@ -75,12 +75,13 @@ class TopDownModel(BaseTuner):
             _drop_adapter(model, adapter_name)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             config = self.peft_config[adapter_name]
+            is_loaded = config.is_of_saved_adapter and config.pretrained_feedback is None
             if config.pretrained_feedback is not None:
                 self._pretrained[adapter_name] = start_from_pretrained(self.model, adapter_name, config)
-            elif config.is_of_saved_adapter:
-                self._pending_loads[adapter_name] = PendingLoad(before, model, adapter_name)
-            else:
+            elif not is_loaded or (weights is None and not config.inference_mode):  # a saved config for a new adapter
                 start_prompts(self.model, adapter_name)
+            if is_loaded:
+                self._pending_loads[adapter_name] = PendingLoad(before, model, adapter_name)
             if config.base_feedback is not None and adapter_name not in self._pretrained:
                 self._pretrained[adapter_name] = load_base_feedback(self.model, adapter_name, config)
             if weights is not None:
@@ -222,7 +223,7 @@ class TopDownModel(BaseTuner):
             check_weights(model, adapter_name, config, loaded)
         except ValueError:
             if adapter_name in pending:
-                pending[adapter_name].undo()
+                pending[adapter_name].undo(model.peft_config)
             raise
         pending.pop(adapter_name, None)
         # What is in the base feedback is in the model already; PEFT would warn that it is missing.

@@ -36,9 +36,7 @@ def start_from_pretrained(model: nn.Module, adapter_name: str, config: TopDownCo
     Raises:
         ValueError: if the saved adapter is of another method or base model, or lacks what the new one needs.
     """
-    saved = TopDownConfig.from_pretrained(
-        config.pretrained_feedback, subfolder=config.pretrained_subfolder, revision=config.pretrained_revision
-    )
+    saved = _read_config(config)
     _check_fits(saved, config)
     weights, commit = _read(saved, config)
     layers = {
@@ -58,6 +56,17 @@ def start_from_pretrained(model: nn.Module, adapter_name: str, config: TopDownCo
     fixed = {name_in_file(adapter_name, name): started[name] for name in started if is_fixed_matrix(name)}
     _describe_weights(config, saved, commit, fixed)
     return started
+
+
+def _read_config(config: TopDownConfig) -> PeftConfig:
+    path, where = config.pretrained_feedback, {"subfolder": config.pretrained_subfolder}
+    try:
+        return TopDownConfig.from_pretrained(path, revision=config.pretrained_revision, **where)
+    except ValueError as error:
+        raise ValueError(
+            f"`pretrained_feedback={path!r}` could not be read; expected the path or Hub id of a saved TOAST adapter. "
+            f"({error})"
+        ) from error
 
 
 def _parts(layer: TopDownLayer, adapter_name: str) -> dict[str, nn.Module]:
@@ -193,7 +202,8 @@ def _described(config: TopDownConfig) -> str:
 def _check_fits(saved: PeftConfig, config: TopDownConfig) -> None:
     if not isinstance(saved, TopDownConfig):
         raise ValueError(
-            f"`pretrained_feedback={config.pretrained_feedback!r}` is a {saved.peft_type} adapter; expected TOAST."
+            f"`pretrained_feedback={config.pretrained_feedback!r}` is a {saved.peft_type.value} adapter; expected "
+            "a TOAST one."
         )
     different = [name for name in ("backbone_type", "num_blocks") if getattr(saved, name) != getattr(config, name)]
     if different:

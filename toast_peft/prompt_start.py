@@ -45,7 +45,7 @@ def start_prompts(model: nn.Module, adapter_name: str) -> None:
     if config.init_prompt == "random" or any(collected.prompt.is_meta for collected in statistics):
         return
     try:
-        _run_once(model, statistics)
+        open_shares = _run_once(model, statistics)
     except Exception as error:  # whatever a model raises: it may want other inputs, or be on no device
         warnings.warn(
             f"The prompt of the TOAST adapter {adapter_name!r} starts at random and may cut off many tokens, as "
@@ -54,16 +54,18 @@ def start_prompts(model: nn.Module, adapter_name: str) -> None:
             stacklevel=2,
         )
         return
-    for collected in statistics:
-        prompt = collected.new_prompt().to(collected.prompt)
+    for collected, open_share in zip(statistics, open_shares, strict=True):
         if config.init_weights:
-            collected.prompt.copy_(prompt)
-        elif prompt @ collected.prompt < 0:
+            collected.prompt.copy_(collected.new_prompt())
+        elif open_share < 0.5:  # turned around it opens the others
             collected.prompt.neg_()
 
 
-def _run_once(model: nn.Module, statistics: list[Statistics]) -> None:
+def _run_once(model: nn.Module, statistics: list[Statistics]) -> list[float]:
     """Collect features.
+
+    Returns:
+        How much each prompt lets through as it is, from 0 to 1.
 
     Raises:
         Exception: if the model does not run, or the features are of no use.
@@ -73,12 +75,26 @@ def _run_once(model: nn.Module, statistics: list[Statistics]) -> None:
         raise RuntimeError("its weights are sharded")
     runnable = _innermost_model(model, [collected.backbone for collected in statistics])
     with _active([collected.path.selection for collected in statistics], statistics[0].adapter_name):
-        collect(runnable, [_inputs(runnable)], statistics)
-    for collected in statistics:
-        if collected.num_tokens == 0:
-            raise RuntimeError("no token came to the feedback")
-        if not 0 < float(collected.mean_feature.norm()) < float("inf"):
-            raise RuntimeError("its features are zero or not finite")
+        inputs = _inputs(runnable)
+        collect(runnable, [inputs], statistics)
+        for collected in statistics:
+            if collected.num_tokens == 0:
+                raise RuntimeError("no token came to the feedback")
+            if not 0 < float(collected.mean_feature.norm()) < float("inf"):
+                raise RuntimeError("its features are zero or not finite")
+        masks = [collected.path.selection.last_mask for collected in statistics]
+        return [_open_share(mask, "input_ids" in inputs) for mask in masks]
+
+
+def _open_share(last_mask: LastMask, of_sentences: bool) -> float:
+    """Share of the open tokens, in sentences a third of it for their first ones.
+
+    All sentences have the first token, and a short one little else. It decides the sign of a random prompt where the
+    features share no direction, so that half of the other tokens are open with either sign.
+    """
+    is_open = (last_mask.kept.mask > 0).flatten(1).double()
+    share = float(is_open.mean())
+    return (2 * share + float(is_open[:, 0].mean())) / 3 if of_sentences else share
 
 
 def _innermost_model(model: nn.Module, backbones: list[nn.Module]) -> nn.Module:
@@ -113,7 +129,8 @@ def _inputs(model: nn.Module) -> dict[str, Any]:
     parameters = inspect.signature(model.forward).parameters
     inputs: dict[str, Any] = {model.main_input_name: _main_input(model, generator)}
     if "decoder_input_ids" in parameters:
-        inputs["decoder_input_ids"] = _tokens(model, generator)
+        # As many sentences as there are inputs of the encoder: of images and sounds there is one.
+        inputs["decoder_input_ids"] = _tokens(model, generator)[: len(inputs[model.main_input_name])]
     if "use_cache" in parameters:
         inputs["use_cache"] = False
     return inputs

@@ -1,11 +1,12 @@
 """Where a config was read from, so that the weights next to it can be looked at before a model is changed."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.utils import load_peft_weights
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
 
 # What PEFT sets in a config between reading and using it.
 _SET_BY_PEFT = ("base_model_name_or_path", "inference_mode", "revision")
@@ -36,6 +37,12 @@ class SavedAdapter:
         Raises:
             ValueError: if there are none or they cannot be read.
         """
+        folder = Path(self.model_id, self.arguments.get("subfolder") or "")
+        if folder.is_dir() and not any((folder / name).exists() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
+            raise ValueError(
+                f"There are no weights of the TOAST adapter {str(folder)!r}, only its config; expected a file "
+                f"{SAFETENSORS_WEIGHTS_NAME} beside it. Save or download the adapter again."
+            )
         try:
             weights = load_peft_weights(self.model_id, device="cpu", **self.arguments)
         except Exception as error:
