@@ -1,5 +1,7 @@
 """Tiny models of every supported type with random weights, and TOAST adapters on them whose effect is visible."""
 
+import copy
+import functools
 import inspect
 import re
 from collections import Counter
@@ -248,6 +250,16 @@ def loss_of(model: nn.Module, inputs: dict[str, torch.Tensor] | None = None) -> 
     """A smooth loss that every output element has a part in."""
     output = model(**inputs or inputs_of(model))[0]
     return (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().tanh() + output.square().mean()
+
+
+@functools.cache
+def compiles_copies() -> bool:
+    """Whether torch.compile can trace `copy.copy`, by which the two passes see a cache; older versions cannot."""
+    try:
+        torch.compile(lambda cache: copy.copy(cache).layers, fullgraph=True, backend="eager")(tf.DynamicCache())
+    except torch._dynamo.exc.Unsupported:
+        return False
+    return True
 
 
 def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:

@@ -353,7 +353,7 @@ def test_config_with_pretrained_feedback_is_used_again(tmp_path: Path) -> None:
 
 def test_pretrained_feedback_of_another_method(tmp_path: Path) -> None:
     get_peft_model(tiny_model(tf.ViTModel), LoraConfig(target_modules=["v_proj"])).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="LORA adapter; expected TOAST"):
+    with pytest.raises(ValueError, match="LORA adapter; expected a TOAST one"):
         adapted(tiny_model(tf.ViTModel), pretrained_feedback=str(tmp_path))
 
 
