@@ -30,6 +30,7 @@ from .models import (
     paths_of,
     tiny_model,
 )
+from .test_wiring import Block
 
 BUILDERS = {cls: tiny_model for cls in MODELS | FURTHER_MODELS}
 BUILDERS |= {cls: convnets.tiny_model for cls in convnets.MODELS}
@@ -248,15 +249,6 @@ class Blocks(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.blocks(x)
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.values = nn.Linear(8, 8)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.values(x)
 
 
 class WithInputs(Blocks):

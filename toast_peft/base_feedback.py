@@ -18,6 +18,8 @@ from transformers.utils.hub import extract_commit_hash
 from .config import TopDownConfig
 from .topdown_layer import belongs_to
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # what weights may be saved in
+
 
 def read_weights(path: str, revision: str | None, subfolder: str | None) -> tuple[dict[str, torch.Tensor], str | None]:
     """The weights of a saved adapter. Only `safetensors` are read, which cannot hold code.
@@ -47,8 +49,7 @@ def read_weights(path: str, revision: str | None, subfolder: str | None) -> tupl
 
 
 def _is_usable(tensor: torch.Tensor) -> bool:
-    known = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    return tensor.dtype in known and bool(tensor.isfinite().all())
+    return tensor.dtype in FLOATS and bool(tensor.isfinite().all())
 
 
 def name_in_file(adapter_name: str, name: str) -> str:

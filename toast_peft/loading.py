@@ -5,13 +5,12 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .base_feedback import is_in_base_feedback
+from .base_feedback import FLOATS, is_in_base_feedback
 from .config import TopDownConfig
 from .snapshot import Snapshot
 from .topdown_layer import belongs_to
 
 SAVED_PREFIX = "base_model.model."  # before each name in a file that PEFT has saved
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class PendingLoad:
@@ -36,9 +35,7 @@ class PendingLoad:
         Args:
             configs: those of the PEFT model; another adapter's config stays, the only one does so too.
         """
-        is_as_added = len(self.modules) == sum(1 for _ in self.model.modules()) and all(
-            then is now for then, now in zip(self.modules, self.model.modules(), strict=True)
-        )
+        is_as_added = list(map(id, self.modules)) == list(map(id, self.model.modules()))
         if is_as_added and all(parameter._version == version for parameter, version in self.versions):
             self.before.restore()
             if len(configs) > 1:
@@ -162,7 +159,7 @@ def _prefixes_of_embeddings(model: nn.Module) -> tuple[str, ...]:
 
 
 def _problems_with_values(name: str, tensor: torch.Tensor, target: torch.Tensor) -> list[str]:
-    dtypes = _FLOATS if target.is_floating_point() else (target.dtype,)
+    dtypes = FLOATS if target.is_floating_point() else (target.dtype,)
     if tensor.dtype not in dtypes or tensor.layout != torch.strided:
         return [f"{name} is a {tensor.layout} tensor of {tensor.dtype}, expected {', '.join(map(str, dtypes))}"]
     # As large as the parameter takes it. Parameters of half precision become float32 ones before they are loaded.
