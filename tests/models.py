@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from toast_peft import TopDownConfig
-from toast_peft.feedback import FeedbackPath
+from toast_peft.core.layers import FeedbackPath
 
 from .further_models import FURTHER_MODELS, images_and_text
 

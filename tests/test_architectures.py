@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import nn
 from torch.nn import functional as F
 
-from toast_peft.architectures import ARCHITECTURES
+from toast_peft.families.model_types import ARCHITECTURES
 
 from .further_models import FURTHER_MODELS
 from .models import (

@@ -16,7 +16,7 @@ from transformers.generation import CompileConfig
 from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.utils import ModelOutput
 
-from toast_peft.cache import cache_parameter
+from toast_peft.core.cache import cache_parameter
 
 from .models import (
     CACHE,

@@ -16,8 +16,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK, hotswap_adapter
 
 from toast_peft import TopDownConfig, TopDownModel, feedback
-from toast_peft.feedback import FeedbackLayer
-from toast_peft.topdown_layer import TopDownLayer
+from toast_peft.core.layers import FeedbackLayer
+from toast_peft.core.topdown_layer import TopDownLayer
 
 from .models import output_of, paths_of, steered, tiny_model
 

@@ -15,8 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict, inject_adapte
 from torch import nn
 
 from toast_peft import TopDownConfig
-from toast_peft.convolutional_feedback import ConvolutionalFeedbackLayer
-from toast_peft.stage_stack import StageShape
+from toast_peft.families.convnets import ConvNetFeedbackLayer, StageShape
 
 from .convnets import (
     CLASSIFIERS,
@@ -114,7 +113,7 @@ def test_normalize_features(model_class: type) -> None:
 def test_start_of_the_chain(channels: int, to: int) -> None:
     """Full and Lite start from the same map, in which every channel has a part."""
     z, node = torch.randn(2, channels, 3, 2), StageShape(nn.Conv2d(1, 1, 1), to, channels, 2)
-    layer = ConvolutionalFeedbackLayer(node)
+    layer = ConvNetFeedbackLayer(node)
     layer.update_layer("full", TopDownConfig())
     layer.update_layer("lite", TopDownConfig(r=2))
     full, lite = (layer(z, name, (6, 4))[0] for name in ("full", "lite"))

@@ -8,7 +8,7 @@ import torch
 import transformers as tf
 from torch import nn
 
-from toast_peft.dropout import has_dropout
+from toast_peft.core.dropout import has_dropout
 
 from .models import VARIANTS, adapted, blocks_of, gradients, inputs_of, loss_of, paths_of, steered, tiny_model
 from .test_hierarchical import _SWIN as SWIN

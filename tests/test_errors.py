@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from toast_peft import TopDownConfig
-from toast_peft.feedback import FeedbackLayer
+from toast_peft.core.layers import FeedbackLayer
 
 from .models import (
     VIT_AND_LLAMA,

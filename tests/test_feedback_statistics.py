@@ -14,8 +14,8 @@ import transformers as tf
 from peft import PeftModel, inject_adapter_in_model
 from torch.nn import functional as F
 
+import toast_peft.callback
 from toast_peft import FeedbackCallback, TopDownConfig, feedback_statistics
-from toast_peft.last_mask import LastMask
 
 from . import convnets, test_hierarchical
 from .models import VIT_AND_LLAMA, adapted, features_of, inputs_of, loss_of, output_of, paths_of, steered, tiny_model
@@ -64,10 +64,8 @@ def test_padding_is_left_out(side: str) -> None:
 
 def test_cached_tokens_are_not_counted() -> None:
     """The attention mask of a decoding step is about all tokens so far, the step about the last one."""
-    last_mask = LastMask()
-    last_mask.start(torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]))
-    last_mask.keep(torch.tensor([[[0.25]], [[0.75]]]))
-    assert last_mask.statistics() == {"open_tokens": 1.0, "mean_mask": 0.25}
+    mask, attention_mask = torch.tensor([[[0.25]], [[0.75]]]), torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
+    assert toast_peft.callback.mask_statistics(mask, attention_mask) == {"open_tokens": 1.0, "mean_mask": 0.25}
 
 
 def test_encoder_and_decoder() -> None:
@@ -80,9 +78,9 @@ def test_encoder_and_decoder() -> None:
     assert list(statistics) == [
         f"{part}_{key}" for part in ("encoder", "decoder") for key in ("open_tokens", "mean_mask")
     ]
-    encoder, decoder = (path.selection.last_mask for path in paths_of(model))
-    assert statistics["encoder_mean_mask"] == pytest.approx(encoder.kept.mask[:, :4].mean().item())
-    assert statistics["decoder_mean_mask"] == pytest.approx(decoder.kept.mask.mean().item())
+    encoder, decoder = (path.state.current.mask for path in paths_of(model))
+    assert statistics["encoder_mean_mask"] == pytest.approx(encoder[:, :4].mean().item())
+    assert statistics["decoder_mean_mask"] == pytest.approx(decoder.mean().item())
 
 
 @pytest.mark.parametrize(
@@ -136,7 +134,7 @@ def test_gradient_checkpointing(use_reentrant: bool) -> None:
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     loss_of(model).backward()
     assert model.feedback_statistics() == pytest.approx(expected, rel=1e-5)
-    assert not paths_of(model)[0].selection.last_mask.kept.mask.requires_grad
+    assert not paths_of(model)[0].state.current.mask.requires_grad
 
 
 @pytest.mark.parametrize("model_class", VIT_AND_LLAMA)
@@ -195,9 +193,11 @@ def logging_trainer(model: PeftModel, folder: Path, **options: Any) -> tuple[tf.
 def test_callback_logs_with_the_trainer(
     model_class: type, variational_weight: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls: list[LastMask] = []
-    statistics = LastMask.statistics
-    monkeypatch.setattr(LastMask, "statistics", lambda self: calls.append(self) or statistics(self))
+    calls: list[torch.Tensor] = []
+    statistics = toast_peft.callback.mask_statistics
+    monkeypatch.setattr(
+        toast_peft.callback, "mask_statistics", lambda mask, *others: calls.append(mask) or statistics(mask, *others)
+    )
     model = new_model(model_class, variational_weight=variational_weight)
     trainer, recorder = logging_trainer(model, tmp_path)
     with warnings.catch_warnings():

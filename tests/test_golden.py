@@ -118,9 +118,8 @@ def record(model: PeftModel) -> tuple[dict[str, torch.Tensor], dict[int, torch.T
     masks, feedback = {}, {}
     path = next(module for name, module in model.named_modules() if name.endswith("feedback_path"))
     path.register_forward_hook(lambda module, args, output: feedback.update(output))
-    path.selection.register_forward_hook(
-        # A ConvNet gives a third argument, the features that the prompt is compared with.
-        lambda module, args, output: masks.update(mask=module.mask(args[-1 if len(args) > 2 else 0], "default"))
+    path.selection.topdown_prompt["default"].register_forward_hook(
+        lambda module, args, output: masks.update(mask=output)
     )
     return masks, feedback
 

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from transformers.models.swin.modeling_swin import window_reverse
 
 from toast_peft import TopDownConfig
-from toast_peft.architectures import HIERARCHICAL_ARCHITECTURES
-from toast_peft.feedback import FeedbackPath
+from toast_peft.core.layers import FeedbackPath
+from toast_peft.families.hierarchies import HIERARCHIES
 
 from .models import adapted, add_noise, assert_same, gradients, loss_of, output_of, paths_of, turn_prompts
 
@@ -89,7 +89,7 @@ def value_projections_of(model: nn.Module) -> list[nn.Module]:
 
 
 def test_every_supported_type_is_in_the_table() -> None:
-    assert {tiny_model(model_class).config.model_type for model_class in MODELS} == set(HIERARCHICAL_ARCHITECTURES)
+    assert {tiny_model(model_class).config.model_type for model_class in MODELS} == set(HIERARCHIES)
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from toast_peft import TopDownConfig, initialize_feedback
-from toast_peft.feedback import FeedbackPath
+from toast_peft.core.layers import FeedbackPath
 
 from . import convnets, test_hierarchical
 from .models import (

@@ -16,7 +16,9 @@ from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from toast_peft import TopDownConfig
-from toast_peft.architectures import ARCHITECTURES, CONVOLUTIONAL_ARCHITECTURES, HIERARCHICAL_ARCHITECTURES
+from toast_peft.families.convnets import CONVNETS
+from toast_peft.families.hierarchies import HIERARCHIES
+from toast_peft.families.model_types import ARCHITECTURES
 
 from .models import MODELS
 
@@ -70,10 +72,10 @@ def supported_models() -> str:
         values = f"`{row.value_projection}`" + (" (fused)" if row.fused else "")
         start = f"after `{row.final_norm}`" if row.normalize_features else "after the last block"
         rows.setdefault((values, start), []).append(f"`{model_type}`")
-    for model_type, row in sorted(HIERARCHICAL_ARCHITECTURES.items()):
+    for model_type, row in sorted(HIERARCHIES.items()):
         start = f"after `{row.final_norm}`" if row.normalize_features else "after the last block"
         rows.setdefault((f"`{row.value_projection}`, through all stages", start), []).append(f"`{model_type}`")
-    for model_type, row in sorted(CONVOLUTIONAL_ARCHITECTURES.items()):
+    for model_type, row in sorted(CONVNETS.items()):
         compared = f", compared after `{row.final_norm}`" if row.final_norm else ""
         rows.setdefault(("ConvNet: input of each stage", f"after the last stage{compared}"), []).append(
             f"`{model_type}`"

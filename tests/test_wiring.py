@@ -11,7 +11,7 @@ from transformers import cache_utils
 from transformers.generation import continuous_batching
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from toast_peft.cache import cache_parameter
+from toast_peft.core.cache import cache_parameter
 
 from .models import VOCAB_SIZE, adapted, tiny_model
 

@@ -6,9 +6,9 @@ adapters load with `PeftModel.from_pretrained`.
 
 from .callback import FeedbackCallback, feedback_statistics
 from .config import OFFICIAL_STAGES, TopDownConfig
-from .convert import from_official_checkpoint
 from .initialization import initialize_feedback
 from .model import TopDownModel
+from .official import from_official_checkpoint
 from .registration import register
 
 __version__ = "0.1.0"

@@ -16,7 +16,7 @@ from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from .config import TopDownConfig
-from .topdown_layer import belongs_to
+from .core.topdown_layer import belongs_to
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # what weights may be saved in
 

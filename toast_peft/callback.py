@@ -3,11 +3,12 @@
 import warnings
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .feedback import FeedbackPath
-from .variational_loss import last_variational_loss
+from .core.layers import FeedbackPath
+from .core.variational_loss import last_variational_loss
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -39,9 +40,29 @@ def feedback_statistics(model: nn.Module) -> dict[str, float]:
     statistics = {}
     for name, path in named.items():
         prefix = "" if len(named) == 1 else f"{name.split('.')[-2]}_"
-        values = path.selection.last_mask.statistics()
+        values = mask_statistics(path.state.current.mask, path.state.current.attention_mask)
         statistics |= {prefix + key: value for key, value in values.items()}
     return statistics
+
+
+def mask_statistics(mask: torch.Tensor | None, attention_mask: Any) -> dict[str, float]:
+    """The share of open tokens and the mean of a mask, without tokens with `attention_mask` 0 where known.
+
+    Args:
+        mask: Shape: [b, n, 1], or of a map of tokens [b, h, w, 1]
+        attention_mask: Shape: [b, n], or [b, cached tokens + n]; others are not used.
+    """
+    if mask is None:
+        return {}
+    mask = mask.squeeze(-1).float()
+    counted = torch.ones_like(mask)
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+        of_tokens = attention_mask[:, -mask.shape[1] :]  # without cached tokens
+        if of_tokens.shape == mask.shape:
+            counted = (of_tokens != 0).to(mask)
+    sums = torch.stack([((mask > 0) * counted).sum(), (mask * counted).sum()])
+    open_tokens, mean_mask = (sums / counted.sum()).tolist()
+    return {"open_tokens": open_tokens, "mean_mask": mean_mask}
 
 
 class FeedbackCallback(TrainerCallback):

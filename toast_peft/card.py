@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from .config import TopDownConfig
-from .topdown_layer import TopDownLayer, belongs_to
+from .core.topdown_layer import TopDownLayer, belongs_to
 
 _BEGIN = "<!-- toast_peft writes this part anew at every save, up to its end mark; all other text is kept. -->"
 _END = "<!-- end of the part of toast_peft -->"

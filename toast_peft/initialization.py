@@ -22,9 +22,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from .config import TopDownConfig
-from .convolutional_feedback import ConvolutionalFeedbackPath
-from .dropout import in_evaluation_mode
-from .feedback import FeedbackPath, feedback_paths, hidden_states_of
+from .core.dropout import in_evaluation_mode
+from .core.layers import FeedbackPath, feedback_paths, hidden_states_of
 
 # Root mean square of the entries of a prompt that starts at features. It sets how far a step turns the prompt: Adam
 # moves each entry by up to the learning rate. After 50 steps with 1e-2, a LLaMA of 3 M parameters had 0 % of its
@@ -47,7 +46,7 @@ class Statistics:
         self.path: FeedbackPath = backbone.feedback_path
         self.adapter_name = adapter_name
         # A chain of full matrices that starts from identities; not one that already is what it should be, or fixed.
-        has_chain = type(self.path) is FeedbackPath and self.config.r == 0 and self.config.init_weights
+        has_chain = self.path.keeps_shape and self.config.r == 0 and self.config.init_weights
         has_chain = has_chain and with_chain
         self.blocks = self.path.blocks_of(adapter_name) if has_chain else []
         self.num_tokens = 0
@@ -94,7 +93,8 @@ class Statistics:
 
     def add(self, path: FeedbackPath, args: tuple) -> None:
         """A hook: the features, after pass 1."""
-        compared = self._tokens(args[2] if isinstance(path, ConvolutionalFeedbackPath) else args[0])
+        features, _, compared, _ = args
+        compared = self._tokens(features if compared is None else compared)
         self.num_tokens += len(compared)
         self.mean_feature = self.mean_feature + F.normalize(compared, dim=-1).sum(0)
         for index, of_block in self.of_blocks.items():

@@ -1,4 +1,4 @@
-"""Checks the weights of a saved adapter against the model, and keeps what is needed to undo a load that fails."""
+"""The load of an adapter: its weights are checked against the model, and a load that fails is undone."""
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
@@ -7,39 +7,57 @@ from torch import nn
 
 from .base_feedback import FLOATS, is_in_base_feedback
 from .config import TopDownConfig
+from .core.stack import Stack
+from .core.topdown_layer import belongs_to
 from .snapshot import Snapshot
-from .topdown_layer import belongs_to
 
 SAVED_PREFIX = "base_model.model."  # before each name in a file that PEFT has saved
 
 
-class PendingLoad:
-    """An adapter of a saved config whose weights have not come yet.
+class Load:
+    """An adapter on its way into a model: from before the injection until PEFT has loaded its weights.
 
     Args:
         before: the model before the injection.
-        model: the base model with the adapter.
-        adapter_name: its name.
+
+    Attributes:
+        stacks: what the two passes run over, found before the model is changed.
+        copied: weights that came from another adapter, by the names of the parameters, until PEFT has chosen the
+            dtype of these: copying may have rounded them.
     """
 
-    def __init__(self, before: Snapshot, model: nn.Module, adapter_name: str) -> None:
+    def __init__(self, before: Snapshot) -> None:
         self.before = before
-        parameters = [p for name, p in model.named_parameters() if belongs_to(adapter_name, name)]
-        self.versions = [(parameter, parameter._version) for parameter in parameters]
-        self.model, self.adapter_name = model, adapter_name
-        self.modules = list(model.modules())
+        self.stacks: list[Stack] = []
+        self.copied: dict[str, torch.Tensor] = {}
+        self._waiting: nn.Module | None = None  # the model, while PEFT is still to load weights into it
+        self._modules: list[nn.Module] = []
+        self._versions: list[tuple[nn.Parameter, int]] = []
 
-    def undo(self, configs: dict[str, TopDownConfig]) -> None:
+    def wait_for_weights(self, model: nn.Module, adapter_name: str) -> None:
+        """The adapter is in the model, and PEFT will load its weights."""
+        parameters = [p for name, p in model.named_parameters() if belongs_to(adapter_name, name)]
+        self._waiting, self._modules = model, list(model.modules())
+        self._versions = [(parameter, parameter._version) for parameter in parameters]
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is to come any more."""
+        return self._waiting is None and not self.copied
+
+    def undo(self) -> bool:
         """Take the adapter out again, unless it has been trained or set by other means, or others added, meanwhile.
 
-        Args:
-            configs: those of the PEFT model; another adapter's config stays, the only one does so too.
+        Returns:
+            Whether it was.
         """
-        is_as_added = list(map(id, self.modules)) == list(map(id, self.model.modules()))
-        if is_as_added and all(parameter._version == version for parameter, version in self.versions):
+        if self._waiting is None:
+            return False
+        is_as_added = list(map(id, self._modules)) == list(map(id, self._waiting.modules()))
+        is_untouched = is_as_added and all(parameter._version == version for parameter, version in self._versions)
+        if is_untouched:
             self.before.restore()
-            if len(configs) > 1:
-                configs.pop(self.adapter_name, None)
+        return is_untouched
 
 
 def read_weights(config: TopDownConfig) -> dict[str, torch.Tensor] | None:

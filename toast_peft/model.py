@@ -13,24 +13,17 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .base_feedback import copy_weights, is_in_base_feedback, load_base_feedback
-from .block_stack import BlockStack
 from .callback import feedback_statistics
 from .config import TopDownConfig
-from .convolutional_feedback import ConvolutionalFeedbackPath
-from .feedback import FeedbackPath, feedback_paths
-from .find_stacks import find_stacks
-from .hierarchical_feedback import HierarchicalFeedbackPath
-from .hierarchical_passes import TwoPassesOverHierarchy
-from .hierarchical_stack import HierarchicalStack
-from .loading import SAVED_PREFIX, PendingLoad, by_names_of_parameters, check_weights, read_weights
-from .passes import TwoPasses
+from .core.layers import FeedbackPath, feedback_paths
+from .core.stack import Stack, remove_feedback_path
+from .core.topdown_layer import NO_MERGE, TopDownLayer, belongs_to
+from .core.variational_loss import last_variational_loss
+from .families.find import find_stacks
+from .loading import SAVED_PREFIX, Load, by_names_of_parameters, check_weights, read_weights
 from .pretrained_feedback import start_from_pretrained
 from .prompt_start import start_prompts
 from .snapshot import Snapshot, restored_on_failure
-from .stage_passes import TwoPassesOverStages
-from .stage_stack import StageStack
-from .topdown_layer import NO_MERGE, TopDownLayer, belongs_to
-from .variational_loss import last_variational_loss
 
 # Modules that PEFT itself adds to `modules_to_save` by task type, whether the model has them or not.
 _HEADS_ADDED_BY_PEFT = {"classifier", "score", "qa_outputs"}
@@ -49,17 +42,13 @@ class TopDownModel(BaseTuner):
     tuner_layer_cls = TopDownLayer
     target_module_mapping: ClassVar[dict] = {}
 
-    def __init__(self, model: nn.Module, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         if isinstance(peft_config, dict):  # it comes from a `PeftModel`, which is made for a task
             for config in peft_config.values():
                 _check_task_type(model, config)
-        # For new adapters with weights of a saved one these weights, until PEFT has chosen their dtype.
-        self._pretrained: dict[str, dict[str, torch.Tensor]] = {}
-        # Adapters of saved configs, until PEFT has loaded their weights.
-        self._pending_loads: dict[str, PendingLoad] = {}
-        # Taken now: if the model has adapters already, PEFT puts the config among theirs before the injection.
-        self._before: Snapshot | None = Snapshot(model)
-        super().__init__(model, peft_config, *args, **kwargs)
+        # Made now: if the model has adapters already, PEFT puts the config among theirs before the injection.
+        self._loads: dict[str, Load] = {adapter_name: Load(Snapshot(model))}
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     # ------------------------------------------------------------------------------------------------- injection
 
@@ -69,46 +58,67 @@ class TopDownModel(BaseTuner):
         An adapter of the same name, of an earlier `get_peft_model` on the same base model, is replaced. On failure the
         model is as it was before.
         """
-        before, self._before = self._before or Snapshot(self), None
-        with restored_on_failure(before):
+        load = self._begin_load(adapter_name)
+        with restored_on_failure(load.before):
             weights = read_weights(self.peft_config[adapter_name])
             _drop_adapter(model, adapter_name)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             config = self.peft_config[adapter_name]
-            is_loaded = config.is_of_saved_adapter and config.pretrained_feedback is None
-            if config.pretrained_feedback is not None:
-                self._pretrained[adapter_name] = start_from_pretrained(self.model, adapter_name, config)
-            elif not is_loaded or (weights is None and not config.inference_mode):  # a saved config for a new adapter
-                start_prompts(self.model, adapter_name)
-            if is_loaded:
-                self._pending_loads[adapter_name] = PendingLoad(before, model, adapter_name)
-            if config.base_feedback is not None and adapter_name not in self._pretrained:
-                self._pretrained[adapter_name] = load_base_feedback(self.model, adapter_name, config)
+            self._start(load, adapter_name, config, has_weights=weights is not None)
             if weights is not None:
                 loaded = by_names_of_parameters(model, adapter_name, weights)
                 check_weights(model, adapter_name, config, loaded)
             config.saved_adapter = None
+        self._end_load(adapter_name)
+
+    def _begin_load(self, adapter_name: str) -> Load:
+        load = self._loads.get(adapter_name)
+        if load is None or load.stacks:  # there was one of this name
+            load = self._loads[adapter_name] = Load(Snapshot(self))
+        return load
+
+    def _start(self, load: Load, adapter_name: str, config: TopDownConfig, has_weights: bool) -> None:
+        """Give a new adapter the weights that it starts with, or wait for those of a saved one."""
+        is_saved = config.is_of_saved_adapter and config.pretrained_feedback is None
+        is_new = not is_saved or (not has_weights and not config.inference_mode)  # a saved config for a new adapter
+        if is_saved:
+            load.wait_for_weights(self.model, adapter_name)
+        if config.pretrained_feedback is not None:
+            load.copied = start_from_pretrained(self.model, adapter_name, config)
+        elif is_new:
+            start_prompts(self.model, adapter_name)
+        if config.base_feedback is not None and not load.copied:
+            load.copied = load_base_feedback(self.model, adapter_name, config)
+
+    def _end_load(self, adapter_name: str) -> None:
+        if self._loads[adapter_name].is_over:
+            del self._loads[adapter_name]
 
     def _prepare_adapter_config(self, peft_config: TopDownConfig, model_config: dict) -> TopDownConfig:
         # Everything that can be wrong with the config is found here, before the model is touched.
-        self._stacks = find_stacks(self.model, peft_config)
-        for stack in self._stacks:
+        adapter_name = next(name for name, config in self.peft_config.items() if config is peft_config)
+        stacks = self._loads[adapter_name].stacks = find_stacks(self.model, peft_config)
+        for stack in stacks:
             _check_modules_to_save(self.model, peft_config, stack)
             if peft_config.normalize_features and stack.final_norm is None:
                 raise ValueError(
                     f"`normalize_features=True`, but {stack.model_type!r} has no final norm or it is not known; leave "
                     "it at None or False."
                 )
-        adapter_name = next(name for name, config in self.peft_config.items() if config is peft_config)
         if peft_config.pretrained_feedback is not None:  # the caller's object stays as it is, to be used again
             peft_config = copy(peft_config)
-        peft_config = self.peft_config[adapter_name] = _with_base_model_facts(peft_config, self._stacks)
+        peft_config = self.peft_config[adapter_name] = _with_base_model_facts(peft_config, stacks)
         return peft_config
 
+    def _stacks_of(self, peft_config: PeftConfig) -> list[Stack]:
+        """The stacks of an adapter that is being injected."""
+        return next(self._loads[name].stacks for name, config in self.peft_config.items() if config is peft_config)
+
     def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> Any:
-        if any(key in stack.excluded for stack in self._stacks):
+        stacks = self._stacks_of(peft_config)
+        if any(key in stack.excluded for stack in stacks):
             return check_target_module_exists(peft_config, key)  # PEFT's own mark of an excluded module
-        return any(key in stack.names for stack in self._stacks)
+        return any(key in stack.names for stack in stacks)
 
     def _create_and_replace(
         self,
@@ -121,23 +131,26 @@ class TopDownModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         # Nothing is replaced: the value projection stays what it is, be it quantised or wrapped by another method.
-        stack = next(stack for stack in self._stacks if current_key in stack.names)
-        if not isinstance(getattr(stack.backbone, "feedback_path", None), FeedbackPath):
-            _add_feedback_path(stack)
-            stack.backbone.feedback_path.passes.add_loss_hook(self.model)
-        path = stack.backbone.feedback_path
+        stack = next(stack for stack in self._loads[adapter_name].stacks if current_key in stack.names)
+        path = getattr(stack.backbone, "feedback_path", None)
+        if not isinstance(path, FeedbackPath):
+            path = stack.add_feedback_path()
+            path.passes.add_loss_hook(self.model)
         if adapter_name not in path.selection.topdown_config:
             path.selection.update_layer(adapter_name, peft_config, stack.hidden_size)
         index = stack.names[current_key]
         path.add_block(index, target, peft_config).update_layer(adapter_name, peft_config)
-        path.passes.add_value_projection(index, target, stack.value_columns)
+        path.passes.steer(index, target)
 
     # -------------------------------------------------------------------------------------------------- pre-tuning
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        # They were copied into parameters of the base model's dtype, which may have rounded them.
-        copy_weights(self.model, self._pretrained.pop(adapter_name, {}))
+        load = self._loads.get(adapter_name)
+        if load is not None:
+            copy_weights(self.model, load.copied)
+            load.copied = {}
+            self._end_load(adapter_name)
 
     def variational_loss(self) -> torch.Tensor:
         """The variational loss of the last forward in training mode, for a loss computed outside of the model.
@@ -174,7 +187,7 @@ class TopDownModel(BaseTuner):
         if merge:
             self._check_merge_allowed()
         for backbone, _ in list(feedback_paths(self.model)):
-            _remove_feedback_path(backbone)
+            remove_feedback_path(backbone)
         return super()._unload_and_optionally_merge(merge, *args, **kwargs)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -215,17 +228,18 @@ class TopDownModel(BaseTuner):
         cls, model: nn.Module, config: TopDownConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        pending = getattr(model.base_model, "_pending_loads", {}) if isinstance(model, PeftModel) else {}
+        loads: dict[str, Load] = getattr(model.base_model, "_loads", {}) if isinstance(model, PeftModel) else {}
         # PEFT removes the prefix where the adapter was injected into a model without a `PeftModel` around it.
         prefix = "" if isinstance(model, PeftModel) else SAVED_PREFIX
         loaded = {name.removeprefix(prefix): value for name, value in remapped.items()}
         try:
             check_weights(model, adapter_name, config, loaded)
         except ValueError:
-            if adapter_name in pending:
-                pending[adapter_name].undo(model.peft_config)
+            # The config of another adapter stays, the only one does so too.
+            if adapter_name in loads and loads[adapter_name].undo() and len(model.peft_config) > 1:
+                model.peft_config.pop(adapter_name, None)
             raise
-        pending.pop(adapter_name, None)
+        loads.pop(adapter_name, None)
         # What is in the base feedback is in the model already; PEFT would warn that it is missing.
         return remapped | {
             name: parameter.detach()
@@ -234,7 +248,7 @@ class TopDownModel(BaseTuner):
         }
 
 
-def _with_base_model_facts(config: TopDownConfig, stacks: list[BlockStack]) -> TopDownConfig:
+def _with_base_model_facts(config: TopDownConfig, stacks: list[Stack]) -> TopDownConfig:
     """Put into the config what it is for; of a saved adapter, raise if that is another model than this one."""
     facts = {
         "backbone_type": stacks[0].model_type,
@@ -267,7 +281,7 @@ def _check_task_type(model: nn.Module, config: TopDownConfig) -> None:
         )
 
 
-def _check_modules_to_save(model: nn.Module, config: TopDownConfig, stack: BlockStack) -> None:
+def _check_modules_to_save(model: nn.Module, config: TopDownConfig, stack: Stack) -> None:
     names = [name for name, _ in model.named_modules()]
     for wanted in config.modules_to_save or []:
         matched = [name for name in names if name.endswith(wanted)]  # as PEFT does
@@ -289,24 +303,6 @@ def _check_modules_to_save(model: nn.Module, config: TopDownConfig, stack: Block
             )
 
 
-def _add_feedback_path(stack: BlockStack) -> None:
-    if isinstance(stack, StageStack):
-        path = ConvolutionalFeedbackPath(stack.nodes)
-        path.passes = TwoPassesOverStages(stack, path)
-    elif isinstance(stack, HierarchicalStack):
-        path = HierarchicalFeedbackPath(stack)
-        path.passes = TwoPassesOverHierarchy(stack, path)
-    else:
-        path = FeedbackPath(stack.value_projections[max(stack.value_projections)])
-        path.passes = TwoPasses(stack, path)
-    stack.backbone.feedback_path = path
-
-
-def _remove_feedback_path(backbone: nn.Module) -> None:
-    backbone.feedback_path.passes.remove()
-    del backbone.feedback_path
-
-
 def _drop_adapter(model: nn.Module, adapter_name: str) -> None:
     """Drop a TOAST adapter, with all that came with it, for another of the same name."""
     paths = [
@@ -315,7 +311,7 @@ def _drop_adapter(model: nn.Module, adapter_name: str) -> None:
     for backbone, path in paths:
         path.drop_adapter(adapter_name)
         if not path.selection.topdown_config:
-            _remove_feedback_path(backbone)
+            remove_feedback_path(backbone)
     if not paths or _is_of_another_method(model, adapter_name):
         return
     wrappers = [(name, part) for name, part in model.named_modules() if isinstance(part, AuxiliaryTrainingWrapper)]

@@ -9,8 +9,8 @@ from torch import nn
 
 from .base_feedback import copy_weights, is_fixed_matrix, name_in_file, read_base_feedback, read_weights, sha256_of
 from .config import TopDownConfig
-from .feedback import FeedbackLayer
-from .topdown_layer import TopDownLayer
+from .core.layers import FeedbackLayer
+from .core.topdown_layer import TopDownLayer
 
 _LINEARS = ("topdown_linear1", "topdown_linear2")
 

@@ -20,9 +20,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from .feedback import FeatureSelection, feedback_paths
+from .core.layers import FeatureSelection, feedback_paths
+from .core.run import Current
 from .initialization import Statistics, collect
-from .last_mask import LastMask
 
 _NUM_TOKENS = 64
 _IMAGE_SIZE = 224  # for models that take images of any size
@@ -82,17 +82,17 @@ def _run_once(model: nn.Module, statistics: list[Statistics]) -> list[float]:
                 raise RuntimeError("no token came to the feedback")
             if not 0 < float(collected.mean_feature.norm()) < float("inf"):
                 raise RuntimeError("its features are zero or not finite")
-        masks = [collected.path.selection.last_mask for collected in statistics]
+        masks = [collected.path.state.current.mask for collected in statistics]
         return [_open_share(mask, "input_ids" in inputs) for mask in masks]
 
 
-def _open_share(last_mask: LastMask, of_sentences: bool) -> float:
+def _open_share(mask: torch.Tensor, of_sentences: bool) -> float:
     """Share of the open tokens, in sentences a third of it for their first ones.
 
     All sentences have the first token, and a short one little else. It decides the sign of a random prompt where the
     features share no direction, so that half of the other tokens are open with either sign.
     """
-    is_open = (last_mask.kept.mask > 0).flatten(1).double()
+    is_open = (mask > 0).flatten(1).double()
     share = float(is_open.mean())
     return (2 * share + float(is_open[:, 0].mean())) / 3 if of_sentences else share
 
@@ -109,14 +109,14 @@ def _innermost_model(model: nn.Module, backbones: list[nn.Module]) -> nn.Module:
 @contextmanager
 def _active(selections: list[FeatureSelection], adapter_name: str) -> Iterator[None]:
     """Run with this adapter, whichever is active, without changing what is trained, and leave no statistics."""
-    before = [(part, part._active_adapter, part._disable_adapters, part.last_mask) for part in selections]
+    before = [(part, part._active_adapter, part._disable_adapters, part.state.current) for part in selections]
     try:
         for part in selections:
-            part._active_adapter, part._disable_adapters, part.last_mask = [adapter_name], False, LastMask()
+            part._active_adapter, part._disable_adapters, part.state.current = [adapter_name], False, Current()
         yield
     finally:
         for part, *values in before:
-            part._active_adapter, part._disable_adapters, part.last_mask = values
+            part._active_adapter, part._disable_adapters, part.state.current = values
 
 
 def _inputs(model: nn.Module) -> dict[str, Any]:

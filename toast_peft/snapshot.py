@@ -6,7 +6,7 @@ from copy import copy
 
 from torch import nn
 
-from .feedback import feedback_paths
+from .core.layers import feedback_paths
 
 
 class Snapshot:

@@ -1,21 +1,18 @@
 """Finds the stacks of blocks in a model, and in each block the value projection that receives feedback."""
 
 import re
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
-from .architectures import (
-    ARCHITECTURES,
-    CONVOLUTIONAL_ARCHITECTURES,
-    HIERARCHICAL_ARCHITECTURES,
-    UNSUITABLE,
-    Architecture,
-)
-from .config import TopDownConfig
-from .value_projection import ValueColumns, input_size, output_size
+from ..config import TopDownConfig
+from ..core.forwards import TwoPasses
+from ..core.layers import FeedbackPath
+from ..core.stack import Stack
+from ..core.value_projection import ValueColumns, input_size, output_size
+from .lookup import find_submodule, join_names, known_backbones, model_type_of
+from .model_types import ARCHITECTURES, UNSUITABLE, Architecture
 
 # The last part of the name of projections that compute more than values. Adding the feedback to their input would
 # change the queries or keys as well.
@@ -31,48 +28,31 @@ _NO_VALUE_PROJECTIONS = {
 _CROSS_ATTENTION = {"EncDecAttention", "cross_attn", "crossattention", "encoder_attn"}
 
 
-@dataclass
-class BlockStack:
-    """The part of a model that the two passes run over.
+@dataclass(kw_only=True)
+class TransformerStack(Stack):
+    """The blocks of a transformer.
 
     Args:
-        backbone: the module that owns the blocks; its forward is run twice.
-        blocks: all blocks, from the input to the output.
-        blocks_name: the full name in the model of the list of blocks.
-        final_norm: path from the backbone to the norm that follows the last block, `None` if unknown.
-        normalize_features: whether, by the model type, the feedback starts after `final_norm`.
-        model_type: what the backbone is, for messages and for comparing when an adapter is loaded.
-        has_cache: whether the backbone may fill a key-value cache.
         value_columns: where the values are in the output of fused projections, `None` for those of values only.
         value_projections: for each block that receives feedback its value projection.
-        names: the full names in the model of these value projections.
-        excluded: names of value projections that `exclude_modules` leaves out.
     """
 
-    backbone: nn.Module
-    blocks: nn.ModuleList | nn.Sequential
-    blocks_name: str
-    final_norm: str | None
-    normalize_features: bool
-    model_type: str
-    has_cache: bool
     value_columns: ValueColumns | None
     value_projections: dict[int, nn.Module]
-    names: dict[str, int]
-    excluded: set[str] = field(default_factory=set)
 
     @property
     def hidden_size(self) -> int:
         """Number of channels of the hidden states."""
         return input_size(next(iter(self.value_projections.values())))
 
-    @property
-    def adapted_names(self) -> list[str]:
-        """Full names of the modules that get another forward or hooks, and so must stay what they are."""
-        return [*self.names, *(f"{self.blocks_name}.{index}" for index in range(len(self.blocks)))]
+    def _new_feedback_path(self) -> FeedbackPath:
+        return FeedbackPath(self.value_projections[max(self.value_projections)])
+
+    def _new_passes(self, path: FeedbackPath) -> TwoPasses:
+        return TwoPasses(self, path, self.value_columns)
 
 
-def find_block_stacks(model: nn.Module, config: TopDownConfig) -> list[BlockStack]:
+def find_transformer_stacks(model: nn.Module, config: TopDownConfig) -> list[TransformerStack]:
     """Find the blocks and value projections that `config` is about. Touches nothing.
 
     An encoder-decoder model has two stacks, each with a feedback path of its own. A vision-language model has two as
@@ -89,7 +69,7 @@ def find_block_stacks(model: nn.Module, config: TopDownConfig) -> list[BlockStac
         ValueError: if the model type is unknown and no value projections are named, if the named modules are not one
             value projection in each block of one stack, or if no block is left.
     """
-    known = known_backbones(model)
+    known = known_backbones(model, ARCHITECTURES)
     if config.target_modules is None:
         stacks = _stacks_by_model_type(model, known)
     else:
@@ -106,38 +86,11 @@ def find_block_stacks(model: nn.Module, config: TopDownConfig) -> list[BlockStac
     return stacks
 
 
-def model_type_of(module: nn.Module) -> str:
-    return getattr(getattr(module, "config", None), "model_type", None) or type(module).__name__
-
-
-def known_backbones(model: nn.Module, architectures: dict[str, Any] = ARCHITECTURES) -> dict[str, Any]:
-    """Names of the modules that have the blocks, or the stages, of a model type in the table, with its row."""
-    backbones = {}
-    for name, module in model.named_modules():
-        architecture = architectures.get(model_type_of(module))
-        if architecture is not None:
-            path = architecture.blocks if isinstance(architecture, Architecture) else architecture.stages
-            if isinstance(find_submodule(module, path), nn.ModuleList):
-                backbones[name] = architecture
-    return backbones
-
-
-def find_submodule(module: nn.Module, path: str) -> nn.Module | None:
-    try:
-        return module.get_submodule(path)
-    except AttributeError:
-        return None
-
-
-def join_names(*names: str) -> str:
-    return ".".join(name for name in names if name)
-
-
-def _stacks_by_model_type(model: nn.Module, known: dict[str, Architecture]) -> list[BlockStack]:
+def _stacks_by_model_type(model: nn.Module, known: dict[str, Architecture]) -> list[TransformerStack]:
     if not known:
         for module in model.modules():
             _refuse_unsuitable(module)
-        types = sorted([*ARCHITECTURES, *HIERARCHICAL_ARCHITECTURES, *CONVOLUTIONAL_ARCHITECTURES])
+        types = sorted(ARCHITECTURES)
         raise ValueError(
             f"TOAST does not know where the value projections of {type(model).__name__} (model type "
             f"{model_type_of(model)!r}) are. Known model types: {', '.join(types)}. For any other transformer name "
@@ -183,7 +136,7 @@ def _check_value_projections_are_there(model: nn.Module, names: dict[str, int]) 
 
 def _stacks_by_target_modules(
     model: nn.Module, known: dict[str, Architecture], config: TopDownConfig
-) -> list[BlockStack]:
+) -> list[TransformerStack]:
     # The index of a block is taken from its place in the stack, not from a pattern in its name as PEFT does, which
     # needs a name before the list and finds none on a bare ViTModel.
     pattern = replace(config, layers_to_transform=None, exclude_modules=None)
@@ -294,7 +247,7 @@ def _refuse_unsuitable(module: nn.Module) -> None:
         raise ValueError(f"TOAST does not support the model type {model_type!r}: {UNSUITABLE[model_type]}.")
 
 
-def _check_that_it_can_run_twice(model: nn.Module, stack: BlockStack) -> None:
+def _check_that_it_can_run_twice(model: nn.Module, stack: TransformerStack) -> None:
     """Refuse models that the two passes would get wrong, as far as that can be seen before they run."""
     names = stack.blocks_name.split(".")
     around = [model.get_submodule(".".join(names[:end])) for end in range(len(names), -1, -1)]
@@ -315,9 +268,9 @@ def _make_stack(
     blocks_name: str,
     architecture: Architecture | None,
     names: dict[str, int],
-) -> BlockStack:
+) -> TransformerStack:
     backbone = model.get_submodule(backbone_name)
-    return BlockStack(
+    return TransformerStack(
         backbone=backbone,
         blocks=model.get_submodule(blocks_name),
         blocks_name=blocks_name,
@@ -350,7 +303,7 @@ def _value_columns(
     return ValueColumns(parts=1, columns=key_value_heads * head_size)
 
 
-def _select_blocks(stack: BlockStack, config: TopDownConfig) -> BlockStack:
+def _select_blocks(stack: TransformerStack, config: TopDownConfig) -> TransformerStack:
     """Keep the value projections of the blocks that receive feedback."""
     first, last = config.feedback_range(len(stack.blocks))
     chosen = config.layers_to_transform

@@ -1,14 +1,14 @@
-"""The state of one forward of a backbone, in which two passes run."""
+"""The one running state: what is going on in the forward of a backbone, in which two passes run."""
 
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .feedback import hidden_states_of
-from .variational_loss import Reconstruction
+if TYPE_CHECKING:
+    from .variational_loss import Reconstruction
 
 
 @dataclass
@@ -41,21 +41,10 @@ class Run:
     outputs: dict[int, Any] = field(default_factory=dict)
     last_output: Any = None
     feedback: dict[int, torch.Tensor] = field(default_factory=dict)
-    reconstruction: Reconstruction | None = None
+    reconstruction: "Reconstruction | None" = None
     input_sizes: dict[int, tuple[int, int]] = field(default_factory=dict)
     inputs: dict[int, torch.Tensor] = field(default_factory=dict)
     steered: list[int] = field(default_factory=list)
-
-    @property
-    def features(self) -> torch.Tensor:
-        """Hidden states after block `feedback_from - 1`. Shape: [b, n, d]"""
-        return hidden_states_of(self.last_output)
-
-    def keep(self, index: int, output: Any) -> None:
-        """Keep what pass 2 or the feedback path needs of what a block computed in pass 1."""
-        self.last_output = output
-        if max(index, 0) < self.feedback_to:  # the stem of a ConvNet, -1, belongs to its stage 0
-            self.outputs[index] = output
 
     def part(self, indices: Iterable[int]) -> "Run":
         """What some blocks need to run again, without the tensors of the others."""
@@ -63,50 +52,34 @@ class Run:
         kept, feedback = ({i: values[i] for i in indices if i in values} for values in (self.outputs, self.feedback))
         return replace(self, outputs=kept, feedback=feedback, reconstruction=None, inputs={})
 
-    def in_form_of_blocks(self, hidden_states: torch.Tensor) -> Any:
-        """Hidden states as a block of this model returns them."""
-        return (hidden_states, *self.last_output[1:]) if isinstance(self.last_output, tuple) else hidden_states
-
 
 # A forward without feedback.
 SINGLE_PASS = Run(0, 0, double_bias=False, repeat_lower_blocks=True, first_pass=False)
 
 
-class Slots:
-    """What `ThreadState` holds for one thread."""
+class Current:
+    """What is going on in one thread.
+
+    Attributes:
+        run: the state of the running forward, `None` outside of one.
+        variational_loss: that of the last forward in training, until it is added to a loss.
+        mask: of the last forward with feedback, how much of each token was selected. Shape: [b, n, 1], or [b, h, w, 1]
+        attention_mask: what that forward was called with.
+    """
 
     def __init__(self) -> None:
         self.run: Run | None = None
         self.variational_loss: torch.Tensor | None = None
+        self.mask: torch.Tensor | None = None
+        self.attention_mask: Any = None
 
 
 class ThreadState(threading.local):
-    """The running forward, each thread its own; copies start empty.
-
-    `variational_loss` is that of the last forward in training, until it is added to a loss.
-    """
+    """The running state of a backbone, each thread its own; copies start empty."""
 
     def __init__(self) -> None:
-        # In an object of their own: torch.compile loses what is stored on a threading.local when a graph breaks.
-        self.slots = Slots()
-
-    @property
-    def run(self) -> Run | None:
-        """The state of the running forward."""
-        return self.slots.run
-
-    @run.setter
-    def run(self, run: Run | None) -> None:
-        self.slots.run = run
-
-    @property
-    def variational_loss(self) -> torch.Tensor | None:
-        """The variational loss that nobody has taken yet."""
-        return self.slots.variational_loss
-
-    @variational_loss.setter
-    def variational_loss(self, loss: torch.Tensor | None) -> None:
-        self.slots.variational_loss = loss
+        # In an object of its own: torch.compile loses what is stored on a threading.local when a graph breaks.
+        self.current = Current()
 
     def __deepcopy__(self, memo: dict) -> "ThreadState":
         return ThreadState()

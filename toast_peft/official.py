@@ -16,11 +16,11 @@ from peft import PeftModel, TaskType, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
-from .block_stack import BlockStack
 from .config import OFFICIAL_STAGES, TopDownConfig
-from .find_stacks import find_stacks
+from .core.stack import Stack
+from .families.convnets import ConvNetStack, StageShape
+from .families.find import find_stacks
 from .loading import describe_differences
-from .stage_stack import StageShape, StageStack
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def _official_config(
     return TopDownConfig(**options | overrides)
 
 
-def _feedback_shapes(stack: BlockStack, config: TopDownConfig, prefix: str) -> dict[str, tuple[int, ...]]:
+def _feedback_shapes(stack: Stack, config: TopDownConfig, prefix: str) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the feedback in an official checkpoint; decoder i feeds block `feedback_to + i`."""
     d = stack.hidden_size
     feedback_from, feedback_to = config.feedback_range(len(stack.blocks))
@@ -214,8 +214,8 @@ def _feedback_shapes(stack: BlockStack, config: TopDownConfig, prefix: str) -> d
     for index in range(feedback_from - feedback_to):
         for linear in ("linear", "linear2"):
             name = f"{prefix}.decoders.{index}.{linear}"
-            if isinstance(stack, StageStack):
-                shapes[f"{name}.weight"] = _convolution_shape(stack.nodes[feedback_to + index], linear)
+            if isinstance(stack, ConvNetStack):
+                shapes[f"{name}.weight"] = _convolution_shape(stack.shapes[feedback_to + index], linear)
                 continue
             shapes[f"{name}.weight"] = (d, d)
             if config.r > 0:
@@ -223,13 +223,13 @@ def _feedback_shapes(stack: BlockStack, config: TopDownConfig, prefix: str) -> d
     return shapes
 
 
-def _convolution_shape(node: StageShape, linear: str) -> tuple[int, ...]:
+def _convolution_shape(shape: StageShape, linear: str) -> tuple[int, ...]:
     if linear == "linear":
-        return (node.out_channels, node.in_channels, node.stride, node.stride)
-    return (node.in_channels, node.in_channels, 1, 1)
+        return (shape.out_channels, shape.in_channels, shape.stride, shape.stride)
+    return (shape.in_channels, shape.in_channels, 1, 1)
 
 
-def _backbone_tensors(model: nn.Module, stack: BlockStack, official: OfficialModel) -> dict[str, torch.Tensor]:
+def _backbone_tensors(model: nn.Module, stack: Stack, official: OfficialModel) -> dict[str, torch.Tensor]:
     """The base model's own tensors under their official names."""
     own = stack.backbone.state_dict()
     if official is _LLAMA:
@@ -258,7 +258,7 @@ def _official_convnext_name(name: str) -> str:
 
 def _check_names_and_shapes(
     tensors: dict[str, torch.Tensor],
-    stack: BlockStack,
+    stack: Stack,
     config: TopDownConfig,
     backbone: dict[str, torch.Tensor],
     official: OfficialModel,
@@ -328,7 +328,7 @@ def _head_fits(model: nn.Module, tensors: dict[str, torch.Tensor]) -> bool:
 
 
 @torch.no_grad()
-def _copy_feedback(tensors: dict[str, torch.Tensor], stack: BlockStack, prefix: str) -> None:
+def _copy_feedback(tensors: dict[str, torch.Tensor], stack: Stack, prefix: str) -> None:
     path = stack.backbone.feedback_path
     path.selection.topdown_prompt["default"].weight.copy_(tensors[f"{prefix}.prompt"])
     path.selection.topdown_transform["default"].weight.copy_(tensors[f"{prefix}.top_down_transform"])

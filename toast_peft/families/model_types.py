@@ -1,7 +1,6 @@
-"""Where the blocks, the value projections and the final norm of each supported model type are.
+"""Where the blocks, the value projections and the final norm of each known type of transformer are.
 
-This is data. A model type is supported when it has a row here; every other transformer works when the user names the
-value projections with `target_modules`.
+This is data. Every other transformer works when the user names the value projections with `target_modules`.
 """
 
 from dataclasses import dataclass
@@ -31,42 +30,10 @@ class Architecture:
     fused: Literal["one after the other", "by key-value head"] | None = None
     has_cache: bool = True
 
-
-@dataclass(frozen=True)
-class ConvolutionalArchitecture:
-    """Names inside the backbone of a ConvNet (`ConvNextModel`, `ResNetModel`, ...).
-
-    Args:
-        stem: path from the backbone to the layers between the image and the first stage.
-        stages: path from the backbone to the `nn.ModuleList` of stages.
-        final_norm: path from the backbone to the norm over the channels that follows the last stage, `None` if there
-            is none. If there is one, the prompt is compared with the features after it, as the official code does.
-    """
-
-    stem: str
-    stages: str
-    final_norm: str | None
-
-
-@dataclass(frozen=True)
-class HierarchicalArchitecture:
-    """Names inside the backbone of a hierarchical transformer (`SwinModel`, `SegformerModel`, ...).
-
-    Args:
-        stages: path from the backbone to the `nn.ModuleList` of stages.
-        blocks: path from a stage to its `nn.ModuleList` of blocks.
-        value_projection: path from a block to the linear layer that computes the attention's values.
-        final_norm: path from the backbone to the norm that follows the last block, `None` if there is none.
-        arrangement: what the value projections see of the map of tokens: its windows, or the map made smaller.
-        normalize_features: as in `Architecture`; only features of the last stage fit the norm.
-    """
-
-    stages: str
-    blocks: str
-    value_projection: str
-    final_norm: str | None
-    arrangement: Literal["windows", "shrunk"]
-    normalize_features: bool = False
+    @property
+    def blocks_list(self) -> str:
+        """What `known_backbones` looks for."""
+        return self.blocks
 
 
 _BERT = Architecture("encoder.layer", "attention.self.value", None, has_cache=False)
@@ -123,27 +90,6 @@ ARCHITECTURES = {
     "vit": _VIT,
     "wav2vec2": _WAV2VEC2,
     "whisper": Architecture("layers", "self_attn.v_proj", "layer_norm"),
-}
-
-HIERARCHICAL_ARCHITECTURES = {
-    "pvt_v2": HierarchicalArchitecture("encoder.layers", "blocks", "attention.value", None, "shrunk"),
-    "segformer": HierarchicalArchitecture("stages", "blocks", "attention.v_proj", None, "shrunk"),
-    "swin": HierarchicalArchitecture(
-        "encoder.layers", "blocks", "attention.v_proj", "layernorm", "windows", normalize_features=True
-    ),
-    "swinv2": HierarchicalArchitecture(
-        "encoder.layers", "blocks", "attention.self.value", "layernorm", "windows", normalize_features=True
-    ),
-}
-
-_CONVNEXT = ConvolutionalArchitecture("embeddings", "encoder.stages", "layernorm")
-_RESNET = ConvolutionalArchitecture("embedder", "encoder.stages", final_norm=None)
-
-CONVOLUTIONAL_ARCHITECTURES = {
-    "convnext": _CONVNEXT,
-    "convnextv2": _CONVNEXT,
-    "regnet": _RESNET,
-    "resnet": _RESNET,
 }
 
 _STATE = "it keeps a state outside of a key-value cache, which pass 1 would advance as well"

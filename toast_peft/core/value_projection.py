@@ -1,6 +1,5 @@
 """Adds the feedback to the input of a block's value projection, which may compute queries and keys as well."""
 
-import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -8,6 +7,9 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils.hooks import RemovableHandle
+
+from .feedback import steer
+from .run import ThreadState
 
 
 class ValueColumns(NamedTuple):
@@ -37,18 +39,18 @@ class ValueHooks:
 
     Args:
         value_projection: the layer.
-        columns: which of its outputs are values; `None` if all are.
         state: has the `run` of this thread, with the feedback of each block.
         index: the block.
+        columns: which of its outputs are values; `None` if all are.
         arrange: brings the feedback into the shape of the projection's input, where that is another one.
     """
 
     def __init__(
         self,
         value_projection: nn.Module,
-        columns: ValueColumns | None,
-        state: threading.local,
+        state: ThreadState,
         index: int,
+        columns: ValueColumns | None = None,
         arrange: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         self.state = state
@@ -83,22 +85,22 @@ class ValueHooks:
             return None
         hidden_states, *others = args
         steered = self._without_feedback(module, self._steered(hidden_states), *others)
-        if self.state.run.double_bias:
+        if self.state.current.run.double_bias:
             steered = steered + self._bias(module, hidden_states)
         return self.columns.replace(output, steered)
 
     def add_bias_again(self, module: nn.Module, args: tuple, value: torch.Tensor) -> torch.Tensor | None:
         """Official ViT: `v = W h + b + W td + b`."""
-        if self._td() is None or not self.state.run.double_bias:
+        if self._td() is None or not self.state.current.run.double_bias:
             return None
         return value + self._bias(module, args[0])
 
     def _td(self) -> torch.Tensor | None:
-        run = self.state.run
+        run = self.state.current.run
         return None if run is None else run.feedback.get(self.index)
 
     def _steered(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        td, run = self._td(), self.state.run
+        td, run = self._td(), self.state.current.run
         if self.index not in run.steered:
             run.steered.append(self.index)
         td = td if self.arrange is None else self.arrange(td, hidden_states)
@@ -108,17 +110,17 @@ class ValueHooks:
                 f"projection {list(hidden_states.shape)}; expected the same, as TOAST supports only attention that "
                 "takes its values from the hidden states of the block, token by token."
             )
-        return hidden_states + td.to(device=hidden_states.device, dtype=hidden_states.dtype)
+        return steer(hidden_states, td.to(device=hidden_states.device, dtype=hidden_states.dtype))
 
     def _bias(self, module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
         return self._without_feedback(module, torch.zeros_like(hidden_states[..., :1, :]))
 
     def _without_feedback(self, module: nn.Module, *args: torch.Tensor) -> torch.Tensor:
-        run, self.state.run = self.state.run, None
+        run, self.state.current.run = self.state.current.run, None
         try:
             return module(*args)
         finally:
-            self.state.run = run
+            self.state.current.run = run
 
     def remove(self) -> None:
         """Remove the hooks."""

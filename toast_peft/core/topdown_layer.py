@@ -8,7 +8,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .config import TopDownConfig
+from ..config import TopDownConfig
 
 NO_MERGE = (
     "TOAST cannot be merged into the base model: the feedback depends on the input, it is not a change of weights. "

@@ -7,15 +7,15 @@ Source: https://arxiv.org/abs/2305.15542, section on pre-tuning; `var_loss` in t
 ViT, 0.01 for ConvNeXt and (both arguments divided by 10) LLaMA.
 """
 
-import threading
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-from .config import TopDownConfig
-from .feedback import FeedbackPath, feedback_paths, hidden_states_of, to_device_of
+from ..config import TopDownConfig
+from .feedback import reconstruction_error
+from .layers import FeedbackPath, feedback_paths, hidden_states_of, to_device_of
 
 
 class Reconstruction:
@@ -39,7 +39,8 @@ class Reconstruction:
         if index in self.errors:
             return
         hidden_states, output = (to_device_of(layer, x.detach()) for x in (hidden_states, hidden_states_of(output)))
-        squares = (layer.reconstruct(output, self.adapter_name, hidden_states) - hidden_states).square()
+        reconstructed = layer.reconstruct(output, self.adapter_name, tuple(hidden_states.shape[-2:]))
+        squares = reconstruction_error(hidden_states, reconstructed)
         if self.attention_mask is None:
             self.errors[index] = squares.mean()
         else:
@@ -68,15 +69,14 @@ class LossHook:
 
     Args:
         model: the module that returns the loss.
-        state: has the `variational_loss` that this thread's last forward has left.
-        path: knows whether an adapter is active.
+        path: has the variational loss that this thread's last forward has left, and knows the active adapter.
 
     Attributes:
         last: the last one that became a part of a loss, for logging.
     """
 
-    def __init__(self, model: nn.Module, state: threading.local, path: FeedbackPath) -> None:
-        self.state = state
+    def __init__(self, model: nn.Module, path: FeedbackPath) -> None:
+        self.state = path.state
         self.path = path
         self.last: torch.Tensor | None = None
         self.handles = (
@@ -87,11 +87,11 @@ class LossHook:
     def forget(self, model: nn.Module, args: tuple) -> None:
         """Forget what nobody took of the forward before; a reference model or an evaluation in between is none."""
         if model.training and self.path.active_adapter is not None:
-            self.state.variational_loss = None
+            self.state.current.variational_loss = None
 
     def add_to_loss(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """The output with the variational loss in its loss, if it has one."""
-        if self.state.variational_loss is None:
+        if self.state.current.variational_loss is None:
             return None
         is_tuple = isinstance(output, tuple)
         loss = output[0] if is_tuple else getattr(output, "loss", None)
@@ -105,7 +105,7 @@ class LossHook:
 
     def take(self) -> torch.Tensor | None:
         """The variational loss of the last forward, which is then forgotten."""
-        loss, self.state.variational_loss = self.state.variational_loss, None
+        loss, self.state.current.variational_loss = self.state.current.variational_loss, None
         if loss is not None:
             self.last = loss.detach()
         return loss

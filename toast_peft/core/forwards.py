@@ -15,29 +15,24 @@ running; it is kept per thread and restored when a forward ends, however it ends
 import inspect
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .block_stack import BlockStack
-from .cache import (
-    CacheOwner,
-    TwoPassCache,
-    cache_argument,
-    cache_parameter,
-    refuse_paged_cache,
-    refuse_two_pass_cache,
-)
-from .checkpointing import CheckpointWithFeedback, unwrap_checkpoint, wrap_checkpoint
-from .config import TopDownConfig
+from ..config import TopDownConfig
+from .cache import CacheOwner, TwoPassCache, cache_argument, cache_parameter, refuse_paged_cache, refuse_two_pass_cache
+from .checkpoint import CheckpointWithFeedback, unwrap_checkpoint, wrap_checkpoint
 from .dropout import has_dropout, pass_without_dropout
-from .feedback import FeedbackPath
+from .layers import FeedbackPath, hidden_states_of
 from .recording import RecordingPaused
 from .run import SINGLE_PASS, Run, ThreadState
 from .value_projection import ValueColumns, ValueHooks
 from .variational_loss import LossHook, Reconstruction, padding_to_leave_out
+
+if TYPE_CHECKING:
+    from .stack import Stack
 
 
 class ReplacedForward:
@@ -83,13 +78,13 @@ class ReplacedForward:
 class BlockForward(ReplacedForward):
     """Forward of a block: skips it where a pass does not need it, and gives it its feedback in pass 2."""
 
-    def __init__(self, module: nn.Module, state: ThreadState, index: int, path: FeedbackPath) -> None:
-        super().__init__(module, state)
+    def __init__(self, module: nn.Module, index: int, path: FeedbackPath) -> None:
+        super().__init__(module, path.state)
         self.index = index
         self.path = path
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        run = self.state.run
+        run = self.state.current.run
         if run is None:
             self._check_that_no_feedback_is_missing()
             return self.original(*args, **kwargs)
@@ -120,7 +115,7 @@ class BlockForward(ReplacedForward):
         if self.index in run.outputs:  # it runs several times (ALBERT), and only the last output is kept
             run.repeat_lower_blocks = True
         output = self.original(*args, **kwargs)
-        run.keep(self.index, output)
+        self.keep(run, output)
         return output
 
     def _second_pass(self, run: Run, *args: Any, **kwargs: Any) -> Any:
@@ -142,9 +137,15 @@ class BlockForward(ReplacedForward):
     def note(self, run: Run, hidden_states: torch.Tensor, output: Any) -> None:
         """Keep what comes later needs of what the block has computed in the running pass."""
         if run.first_pass:
-            run.keep(self.index, output)
+            self.keep(run, output)
         else:
             self.reconstruct(run, hidden_states, output)
+
+    def keep(self, run: Run, output: Any) -> None:
+        """Keep what pass 2 or the feedback path needs of what the block has computed in pass 1."""
+        run.last_output = output
+        if max(self.index, 0) < run.feedback_to:  # the stem of a ConvNet, -1, belongs to its stage 0
+            run.outputs[self.index] = output
 
     def reconstruct(self, run: Run, hidden_states: torch.Tensor, output: Any) -> None:
         """Add this block's part to the variational loss, where that is wanted."""
@@ -159,9 +160,7 @@ class BlockForward(ReplacedForward):
 class BackboneForward(ReplacedForward):
     """Forward of the backbone: pass 1, feedback, pass 2; or just the one pass if no adapter is active."""
 
-    def __init__(
-        self, stack: BlockStack, path: FeedbackPath, state: ThreadState, block_forwards: list[BlockForward]
-    ) -> None:
+    def __init__(self, stack: "Stack", path: FeedbackPath, block_forwards: list[BlockForward]) -> None:
         parameters = inspect.signature(stack.backbone.forward).parameters
         self.argument_names = tuple(parameters)
         takes_any = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values())
@@ -171,7 +170,7 @@ class BackboneForward(ReplacedForward):
         self.not_recorded = {
             name: False for name in recordings if name in parameters or (takes_any and self.records_itself)
         }
-        super().__init__(stack.backbone, state)
+        super().__init__(stack.backbone, path.state)
         self.blocks = stack.blocks
         self.blocks_name = stack.blocks_name
         self.has_cache = stack.has_cache
@@ -189,17 +188,18 @@ class BackboneForward(ReplacedForward):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         kwargs = {**{self.argument_names[i]: value for i, value in enumerate(args)}, **kwargs}
         adapter_name = self.path.active_adapter
-        self.wrap_checkpoints()
+        if torch.is_grad_enabled():
+            self.wrap_checkpoints()
         # Also without an adapter: this forward may be called from inside of a pass 2 of the same backbone, and it ends
         # as it began when another thread switches the adapter on.
-        outer, self.state.run = self.state.run, SINGLE_PASS
+        outer, self.state.current.run = self.state.current.run, SINGLE_PASS
         try:
             if adapter_name is None:
                 refuse_two_pass_cache(kwargs)
                 return self.original(**kwargs)
             return self._run_twice(adapter_name, kwargs)
         finally:
-            self.state.run = outer
+            self.state.current.run = outer
 
     def wrap_checkpoints(self) -> None:
         """Wrap the checkpointing functions; again at each forward, as enabling checkpointing sets a new one."""
@@ -213,22 +213,24 @@ class BackboneForward(ReplacedForward):
             run.reconstruction = Reconstruction(self.path, adapter_name, padding_to_leave_out(config, kwargs))
         cache = self._cache(adapter_name, run, kwargs)
         self._first_pass(run, kwargs if cache is None else {**kwargs, **cache.in_first_pass})
-        self.path.selection.last_mask.start(kwargs.get("attention_mask"))
-        run.feedback = self._feedback(run, config, adapter_name)
+        features, compared = self._features(run, config)
+        run.feedback = self.path(features, adapter_name, compared, run.input_sizes)
+        if not torch.compiler.is_exporting():
+            self.state.current.attention_mask = kwargs.get("attention_mask")
         run.first_pass = False
-        self.state.run = run
+        self.state.current.run = run
         if cache is None:
             output = self.original(**kwargs)
         else:
             output = cache.restore(self.original(**{**kwargs, **cache.in_second_pass}))
         if run.reconstruction is not None:  # added, as a model may call its backbone more than once
-            self.state.variational_loss = run.reconstruction.loss(config, self.state.variational_loss)
+            self.state.current.variational_loss = run.reconstruction.loss(config, self.state.current.variational_loss)
         return output
 
     def _new_run(self, config: TopDownConfig, kwargs: dict[str, Any]) -> Run:
         feedback_from, feedback_to = config.feedback_range(len(self.blocks))
         recorded = ("output_attentions", "output_router_logits")
-        is_random = has_dropout(self.module)
+        is_random = self.module.training and has_dropout(self.module)
         return Run(
             feedback_from,
             feedback_to,
@@ -258,7 +260,7 @@ class BackboneForward(ReplacedForward):
         return TwoPassCache(cache, name, self.module.config, len(self.blocks), owner, has_cross_attention)
 
     def _first_pass(self, run: Run, kwargs: dict[str, Any]) -> None:
-        self.state.run = run
+        self.state.current.run = run
         needs_graph = torch.is_grad_enabled() and self._first_pass_is_trained(run, kwargs)
         recording = nullcontext() if self.records_itself else RecordingPaused()
         with nullcontext() if needs_graph else torch.no_grad(), self._without_dropout(run, needs_graph), recording:
@@ -280,12 +282,13 @@ class BackboneForward(ReplacedForward):
         unused = {self.path, self.final_norm, *self.blocks[run.feedback_from :]}
         return any(parameter.requires_grad for parameter in _parameters_outside(self.module, unused))
 
-    def _feedback(self, run: Run, config: TopDownConfig, adapter_name: str) -> dict[int, torch.Tensor]:
-        return self.path(self._features(run, config), adapter_name)
+    def _features(self, run: Run, config: TopDownConfig) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the feedback starts from, and what the prompt is compared with if that is something else."""
+        features = hidden_states_of(run.last_output)
+        return self.final_norm(features) if self._normalizes(run, config) else features, None
 
-    def _features(self, run: Run, config: TopDownConfig) -> torch.Tensor:
-        normalize = self.normalize_features if config.normalize_features is None else config.normalize_features
-        return self.final_norm(run.features) if normalize else run.features
+    def _normalizes(self, run: Run, config: TopDownConfig) -> bool:
+        return self.normalize_features if config.normalize_features is None else config.normalize_features
 
 
 def _parameters_outside(module: nn.Module, excluded: set[nn.Module | None]) -> Any:
@@ -301,32 +304,34 @@ class TwoPasses:
     Args:
         stack: the backbone and its blocks.
         path: computes the feedback.
+        value_columns: where the values are in the output of fused projections, `None` for those of values only.
     """
 
     block_forward_class: ClassVar = BlockForward
     backbone_forward_class: ClassVar = BackboneForward
     loss_hook: LossHook | None = None
 
-    def __init__(self, stack: BlockStack, path: FeedbackPath) -> None:
-        self.state = ThreadState()
+    def __init__(self, stack: "Stack", path: FeedbackPath, value_columns: ValueColumns | None = None) -> None:
+        self.path = path
+        self.value_columns = value_columns
         self.block_forwards = [
-            self.block_forward_class(module, self.state, index, path) for index, module in self.numbered_modules(stack)
+            self.block_forward_class(module, index, path) for index, module in self.numbered_modules(stack)
         ]
-        self.backbone_forward = self.backbone_forward_class(stack, path, self.state, self.block_forwards)
+        self.backbone_forward = self.backbone_forward_class(stack, path, self.block_forwards)
         self.value_hooks: dict[int, ValueHooks] = {}
 
-    def numbered_modules(self, stack: BlockStack) -> Iterable[tuple[int, nn.Module]]:
+    def numbered_modules(self, stack: "Stack") -> Iterable[tuple[int, nn.Module]]:
         """The modules that a pass can skip."""
         return enumerate(stack.blocks)
 
     def add_loss_hook(self, model: nn.Module) -> None:
         """Let `model` add the variational loss to the loss it returns."""
-        self.loss_hook = LossHook(model, self.state, self.backbone_forward.path)
+        self.loss_hook = LossHook(model, self.path)
 
-    def add_value_projection(self, index: int, value_projection: nn.Module, columns: ValueColumns | None) -> None:
+    def steer(self, index: int, value_projection: nn.Module) -> None:
         """Let the value projection of a block receive feedback."""
         if index not in self.value_hooks:
-            self.value_hooks[index] = ValueHooks(value_projection, columns, self.state, index)
+            self.value_hooks[index] = ValueHooks(value_projection, self.path.state, index, self.value_columns)
 
     def remove(self) -> None:
         """Leave the modules as they were."""

@@ -13,7 +13,7 @@ from .dropout import dropout_off
 from .run import SINGLE_PASS, Run, ThreadState
 
 if TYPE_CHECKING:
-    from .passes import BlockForward
+    from .forwards import BlockForward
 
 
 class CheckpointWithFeedback:
@@ -34,7 +34,7 @@ class CheckpointWithFeedback:
         self.blocks = blocks
 
     def __call__(self, function: Callable, *args: Any) -> Any:
-        run = self.state.run or SINGLE_PASS
+        run = self.state.current.run or SINGLE_PASS
         if not torch.is_grad_enabled():  # pass 1 of a frozen model: nothing to recompute
             return function(*args)
         if all(block.is_skipped(run) for block in self.blocks):
@@ -69,12 +69,12 @@ class CheckpointWithFeedback:
         if torch.compiler.is_compiling():  # traced in the running forward, and not run again from here
             return function(*args[number:])
         feedback = dict(zip(run.feedback, args[:number], strict=True))
-        previous, self.state.run = self.state.run, replace(run, feedback=feedback)
+        previous, self.state.current.run = self.state.current.run, replace(run, feedback=feedback)
         try:
             with self.without_dropout(run):
                 return function(*args[number:])
         finally:
-            self.state.run = previous
+            self.state.current.run = previous
 
 
 def wrap_checkpoint(module: nn.Module, wrapper: type, state: ThreadState, *blocks: "BlockForward") -> None:

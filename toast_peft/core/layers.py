@@ -1,33 +1,27 @@
-"""The mathematics of TOAST: feature selection and the feedback path, and the parameters they train.
-
-    features x of pass 1 --> m = clamp(cos(x, prompt), 0, 1) --> z_L = (m * x) @ transform
-                                                                  |
-    block L-1   td = linear2(z)  <--  z = linear1(z_L)           <-+
-    block L-2   td = linear2(z)  <--  z = linear1(z of block L-1)
-       ...
-
-Source: https://arxiv.org/abs/2305.15542; official code https://github.com/bfshi/TOAST,
-`visual_classification/src/models/vit/vit_top_down.py` and `language_generation/models/llama_top_down.py`.
+"""The parameters of the feedback: PEFT's containers, keyed by adapter name, around the formulas of `feedback.py`.
 
 Notation used for tensor shapes:
     - b: batch size
     - n: number of tokens
     - d: hidden size
-    - r: rank of TOAST-Lite
 """
 
 import math
-from collections.abc import Iterator
-from typing import Any, ClassVar
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .config import TopDownConfig
-from .last_mask import LastMask
+from ..config import TopDownConfig
+from .feedback import low_rank, select, step_down, token_mask
+from .run import ThreadState
 from .topdown_layer import AdapterIdentity, TopDownLayer
 from .value_projection import input_size
+
+if TYPE_CHECKING:
+    from .forwards import TwoPasses
 
 
 class Prompt(nn.Module):
@@ -62,11 +56,7 @@ class Prompt(nn.Module):
                 f"The hidden states have {features.shape[-1]} channels and the value projections take "
                 f"{self.hidden_size}; TOAST does not support attention to something else than the hidden states."
             )
-        # As the official code: an eps of 1e-12 on each norm, which float16 does not have. And not a matmul, which
-        # autocast would run in low precision.
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        cosine = F.normalize(features.to(dtype), dim=-1) * F.normalize(self.weight.to(dtype), dim=-1)
-        return cosine.sum(-1, keepdim=True).clamp(0, 1).to(features.dtype)
+        return token_mask(features, self.weight)
 
 
 class Transform(nn.Module):
@@ -101,7 +91,7 @@ class FeatureSelection(TopDownLayer):
         self.topdown_transform = nn.ModuleDict()
         self.topdown_config: dict[str, TopDownConfig] = {}
         self.topdown_identity: dict[str, AdapterIdentity] = {}
-        self.last_mask = LastMask()
+        self.state = ThreadState()
 
     def update_layer(self, adapter_name: str, config: TopDownConfig, hidden_size: int) -> None:
         """Create the prompt and the transform of an adapter, for features of `hidden_size` channels."""
@@ -111,12 +101,8 @@ class FeatureSelection(TopDownLayer):
         self.topdown_transform[adapter_name] = Transform(hidden_size)
         self._finish_update(adapter_name, config)
 
-    def mask(self, features: torch.Tensor, adapter_name: str) -> torch.Tensor:
-        """Weight of each token. Shape: [b, n, d] -> [b, n, 1]"""
-        return self.topdown_prompt[adapter_name](features)
-
     def forward(self, features: torch.Tensor, adapter_name: str, compared: torch.Tensor | None = None) -> torch.Tensor:
-        """Select tokens, then channels.
+        """Select tokens, then channels, and keep the mask for whoever wants to look at it.
 
         Args:
             features: features of pass 1. Shape: [b, n, d]
@@ -128,9 +114,10 @@ class FeatureSelection(TopDownLayer):
         transform = self.topdown_transform[adapter_name]
         features = self._cast_input_dtype(features, transform.weight.dtype)
         compared = features if compared is None else self._cast_input_dtype(compared, transform.weight.dtype)
-        mask = self.mask(compared, adapter_name)
-        self.last_mask.keep(mask)
-        return transform(mask * features)
+        mask = self.topdown_prompt[adapter_name](compared)
+        if not torch.compiler.is_exporting():  # traced with tensors that hold no numbers
+            self.state.current.mask = mask.detach()
+        return select(features, mask, transform)
 
 
 class FeedbackLayer(TopDownLayer):
@@ -227,51 +214,54 @@ class FeedbackLayer(TopDownLayer):
         """What `init_identity` sets `linear1` to, without weights."""
         return z
 
-    def forward(self, z: torch.Tensor, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, z: torch.Tensor, adapter_name: str, size: tuple[int, ...] = ()
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """One step down the feedback path.
 
         Args:
             z: what the block above passes on, or the selected features. Shape: [b, n, d]
+            size: height and width of the block's input where it is a map.
 
         Returns:
             What the block below gets, and the feedback of this block. Shapes: [b, n, d], [b, n, d]
         """
-        z = self._linear1(z, adapter_name)
-        return z, self._linear2(z, adapter_name)
+        return step_down(z, lambda z: self._linear1(z, adapter_name, size), lambda z: self._linear2(z, adapter_name))
 
-    def reconstruct(self, output: torch.Tensor, adapter_name: str, hidden_states: torch.Tensor) -> torch.Tensor:
+    def reconstruct(self, output: torch.Tensor, adapter_name: str, size: tuple[int, ...] = ()) -> torch.Tensor:
         """`linear1` of the block's output, which the variational loss compares with the block's input.
 
         Args:
             output: the output of the block. Shape: [b, n, d]
-            hidden_states: its input, for the shape. Shape: [b, n, d]
+            size: height and width of its input where it is a map.
 
         Returns:
             The input as the feedback path computes it. Shape: [b, n, d]
         """
-        return self._linear1(self._as_weights(output, adapter_name), adapter_name)
-
-    def _as_weights(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
-        """In the dtype of the adapter, unless autocast takes care of that."""
         parameter = next(p for name, p in self.named_parameters() if f".{adapter_name}." in name)
-        return self._cast_input_dtype(x, parameter.dtype)
+        return self._linear1(self._cast_input_dtype(output, parameter.dtype), adapter_name, size)
 
-    def _linear1(self, z: torch.Tensor, adapter_name: str) -> torch.Tensor:
+    def _linear1(self, z: torch.Tensor, adapter_name: str, size: tuple[int, ...]) -> torch.Tensor:
         full = self.topdown_linear1[adapter_name] if adapter_name in self.topdown_linear1 else self._identity
-        fixed = full(z)
-        if adapter_name not in self.topdown_scaling:
-            return fixed
-        return fixed + self._low_rank("topdown_linear1", z, adapter_name)
+        return self._arrange(self._with_low_rank("topdown_linear1", full(z), z, adapter_name), size)
 
     def _linear2(self, z: torch.Tensor, adapter_name: str) -> torch.Tensor:
-        if adapter_name not in self.topdown_scaling:
-            return self.topdown_linear2[adapter_name](z)
-        low_rank = self._low_rank("topdown_linear2", z, adapter_name)
-        return self.topdown_linear2[adapter_name](z) + low_rank if adapter_name in self.topdown_linear2 else low_rank
+        fixed = self.topdown_linear2[adapter_name](z) if adapter_name in self.topdown_linear2 else None
+        return self._with_low_rank("topdown_linear2", fixed, z, adapter_name)
 
-    def _low_rank(self, name: str, z: torch.Tensor, adapter_name: str) -> torch.Tensor:
-        down, up = getattr(self, f"{name}_A")[adapter_name], getattr(self, f"{name}_B")[adapter_name]
-        return up(down(self.topdown_dropout[adapter_name](z))) * self.topdown_scaling[adapter_name]
+    def _with_low_rank(
+        self, name: str, fixed: torch.Tensor | None, z: torch.Tensor, adapter_name: str
+    ) -> torch.Tensor:
+        """What the fixed matrix computes, zero if there is none, and what the factors of TOAST-Lite add to it."""
+        if adapter_name not in self.topdown_scaling:
+            return fixed
+        a, b = getattr(self, f"{name}_A")[adapter_name], getattr(self, f"{name}_B")[adapter_name]
+        added = low_rank(self.topdown_dropout[adapter_name](z), a, b, self.topdown_scaling[adapter_name])
+        return added if fixed is None else fixed + added
+
+    def _arrange(self, z: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
+        """The output of `linear1` in the shape of the block's input, which here it has."""
+        return z
 
 
 class FeedbackPath(nn.Module):
@@ -282,19 +272,37 @@ class FeedbackPath(nn.Module):
 
     Args:
         value_projection: a layer whose device and dtype the feature selection takes.
+
+    Attributes:
+        passes: what runs the backbone twice and hands the feedback to its blocks.
     """
+
+    passes: "TwoPasses"
+    keeps_shape: ClassVar[bool] = True  # whether each `linear1` is a matrix from the block's output to its input
 
     def __init__(self, value_projection: nn.Module) -> None:
         super().__init__()
         self.selection = FeatureSelection(value_projection)
         self.layers = nn.ModuleDict()
 
+    @property
+    def state(self) -> ThreadState:
+        """The running state of the backbone."""
+        return self.selection.state
+
     def add_block(self, index: int, value_projection: nn.Module, config: TopDownConfig) -> FeedbackLayer:
         """The feedback layer of a block, made if it is not there."""
-        if str(index) not in self.layers:
-            d = input_size(value_projection)
-            self.layers[str(index)] = FeedbackLayer(value_projection, d, d)
-        return self.layers[str(index)]
+        name = self._layer_name(index, config)
+        if name not in self.layers:
+            self.layers[name] = self._new_layer(index, value_projection, config)
+        return self.layers[name]
+
+    def _layer_name(self, index: int, config: TopDownConfig) -> str:
+        return str(index)
+
+    def _new_layer(self, index: int, value_projection: nn.Module, config: TopDownConfig) -> FeedbackLayer:
+        d = input_size(value_projection)
+        return FeedbackLayer(value_projection, d, d)
 
     @property
     def active_adapter(self) -> str | None:
@@ -327,21 +335,39 @@ class FeedbackPath(nn.Module):
             "`accelerate launch` or `torchrun` (DistributedDataParallel), or make one GPU visible."
         )
 
-    def forward(self, features: torch.Tensor, adapter_name: str) -> dict[int, torch.Tensor]:
+    def layers_of(self, adapter_name: str) -> Iterator[tuple[int, FeedbackLayer]]:
+        """The chain of an adapter, from the top down: indices of blocks with their layers."""
+        for index in self.blocks_of(adapter_name):
+            yield index, self.layers[str(index)]
+
+    def forward(
+        self,
+        features: torch.Tensor,
+        adapter_name: str,
+        compared: torch.Tensor | None,
+        sizes: Mapping[int, tuple[int, ...]],
+    ) -> dict[int, torch.Tensor]:
         """The feedback of every block.
 
         Args:
-            features: features of pass 1. Shape: [b, n, d]
+            features: features of pass 1. Shape: [b, n, d]; of a map of tokens [b, h, w, d]
+            adapter_name: whose feedback.
+            compared: what the prompt is compared with, `None` for the features themselves. Shape: as the features
+            sizes: for each block the height and width of its input, where it is a map.
 
         Returns:
-            For each block index what is added to the input of its value projection. Shape: [b, n, d]
+            For each block index what is added to the input of its value projection. Shape: as that
         """
-        z = self.selection(to_device_of(self.selection, features), adapter_name)
+        features = to_device_of(self.selection, features)
+        compared = None if compared is None else to_device_of(self.selection, compared)
+        z = self._select(features, adapter_name, compared)
         feedback = {}
-        for index in self.blocks_of(adapter_name):
-            layer = self.layers[str(index)]
-            z, feedback[index] = layer(to_device_of(layer, z), adapter_name)
+        for index, layer in self.layers_of(adapter_name):
+            z, feedback[index] = layer(to_device_of(layer, z), adapter_name, sizes.get(index, ()))
         return feedback
+
+    def _select(self, features: torch.Tensor, adapter_name: str, compared: torch.Tensor | None) -> torch.Tensor:
+        return self.selection(features, adapter_name, compared)
 
 
 def feedback_paths(model: nn.Module) -> Iterator[tuple[nn.Module, FeedbackPath]]:

@@ -1,0 +1,67 @@
+"""What the two passes run over in a model; each family of models makes its own."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from .forwards import TwoPasses
+from .layers import FeedbackPath
+
+
+@dataclass(kw_only=True)
+class Stack(ABC):
+    """The part of a model that the two passes run over.
+
+    Args:
+        backbone: the module that owns the blocks; its forward is run twice.
+        blocks: all blocks, from the input to the output; of a ConvNet the stages.
+        blocks_name: the full name in the model of the list of blocks.
+        final_norm: path from the backbone to the norm that follows the last block, `None` if unknown.
+        normalize_features: whether, by the model type, the feedback starts after `final_norm`.
+        model_type: what the backbone is, for messages and for comparing when an adapter is loaded.
+        names: the full names in the model of the modules that the feedback is added to the input of, each with the
+            index of its block.
+        has_cache: whether the backbone may fill a key-value cache.
+        excluded: names that `exclude_modules` leaves out of `names`.
+    """
+
+    backbone: nn.Module
+    blocks: Sequence[nn.Module] | nn.ModuleList | nn.Sequential
+    blocks_name: str
+    final_norm: str | None
+    normalize_features: bool
+    model_type: str
+    names: dict[str, int]
+    has_cache: bool = False
+    excluded: set[str] = field(default_factory=set)
+
+    @property
+    @abstractmethod
+    def hidden_size(self) -> int:
+        """Number of channels of the features that the feedback starts from."""
+
+    @property
+    def adapted_names(self) -> list[str]:
+        """Full names of the modules that get another forward or hooks, and so must stay what they are."""
+        return [*self.names, *(f"{self.blocks_name}.{index}" for index in range(len(self.blocks)))]
+
+    def add_feedback_path(self) -> FeedbackPath:
+        """Give the backbone a feedback path, still without adapters, and let it run twice."""
+        path = self._new_feedback_path()
+        path.passes = self._new_passes(path)
+        self.backbone.feedback_path = path
+        return path
+
+    @abstractmethod
+    def _new_feedback_path(self) -> FeedbackPath: ...
+
+    def _new_passes(self, path: FeedbackPath) -> TwoPasses:
+        return TwoPasses(self, path)
+
+
+def remove_feedback_path(backbone: nn.Module) -> None:
+    """Leave the backbone as it was before `add_feedback_path`."""
+    backbone.feedback_path.passes.remove()
+    del backbone.feedback_path

@@ -1,0 +1,1 @@
+"""How each family of models is found, steered and run twice: transformers, ConvNets, hierarchical transformers."""

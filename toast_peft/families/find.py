@@ -1,0 +1,43 @@
+"""Finds what the two passes run over in a model, by the family that it is of."""
+
+from torch import nn
+
+from ..config import TopDownConfig
+from ..core.stack import Stack
+from .convnets import CONVNETS, make_convnet_stack
+from .hierarchies import HIERARCHIES, make_hierarchical_stack
+from .lookup import known_backbones, model_type_of
+from .model_types import ARCHITECTURES
+from .transformers import find_transformer_stacks
+
+_WITH_STAGES = ((CONVNETS, make_convnet_stack), (HIERARCHIES, make_hierarchical_stack))
+
+
+def find_stacks(model: nn.Module, config: TopDownConfig) -> list[Stack]:
+    """Find what the two passes run over. Touches nothing.
+
+    Args:
+        model: the model to adapt.
+        config: says which part of it is in the feedback loop.
+
+    Returns:
+        One [`ConvNetStack`] for a ConvNet, one [`HierarchicalStack`] for a hierarchical transformer; for others what
+        [`find_transformer_stacks`] finds.
+
+    Raises:
+        ValueError: if there is none, if it is not clear which of several is meant, or if `config` does not fit.
+    """
+    for table, make_stack in _WITH_STAGES:
+        known = known_backbones(model, table)
+        # Inside of another model, a detector for example, `target_modules` may be about that one's attention.
+        if known and (config.target_modules is None or model_type_of(model) in table):
+            several = sorted([*known, *known_backbones(model, ARCHITECTURES)])
+            if len(several) > 1:
+                raise ValueError(
+                    f"{type(model).__name__} has several backbones: {several}. Choose a transformer with a list of "
+                    "blocks by `target_modules`, or adapt the module that holds the other before it becomes a part of "
+                    "this model."
+                )
+            [(backbone_name, architecture)] = known.items()
+            return [make_stack(model, backbone_name, architecture, config)]
+    return find_transformer_stacks(model, config)

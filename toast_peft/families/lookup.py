@@ -1,0 +1,45 @@
+"""Looks around in a model: what it is, and which of its modules are of a model type that is in a table."""
+
+from collections.abc import Mapping
+from typing import Protocol, TypeVar
+
+from torch import nn
+
+
+class Row(Protocol):
+    """A row of a family's table."""
+
+    @property
+    def blocks_list(self) -> str:
+        """Path from the backbone to its list of blocks, or of stages."""
+
+
+AnyRow = TypeVar("AnyRow", bound=Row)
+
+
+def model_type_of(module: nn.Module) -> str:
+    """The model type in the config of the module, or else the name of its class."""
+    return getattr(getattr(module, "config", None), "model_type", None) or type(module).__name__
+
+
+def known_backbones(model: nn.Module, table: Mapping[str, AnyRow]) -> dict[str, AnyRow]:
+    """Names of the modules that have the blocks, or the stages, of a model type in the table, with its row."""
+    backbones = {}
+    for name, module in model.named_modules():
+        row = table.get(model_type_of(module))
+        if row is not None and isinstance(find_submodule(module, row.blocks_list), nn.ModuleList):
+            backbones[name] = row
+    return backbones
+
+
+def find_submodule(module: nn.Module, path: str) -> nn.Module | None:
+    """The submodule at a path, `None` if there is none."""
+    try:
+        return module.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def join_names(*names: str) -> str:
+    """Names of modules inside of each other as one; the outermost may be empty."""
+    return ".".join(name for name in names if name)
