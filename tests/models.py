@@ -207,7 +207,7 @@ def turn_prompts(model: PeftModel, inputs: dict[str, torch.Tensor]) -> None:
 
     @torch.no_grad()
     def turn(path: FeedbackPath, args: tuple) -> None:
-        path.selection.topdown_prompt["default"].weight.copy_(args[0][0, -1])
+        path.selection.topdown_prompt["default"].weight.copy_(args[0].flatten(1, -2)[0, -1])
 
     for path in paths_of(model):  # one after the other, as a decoder's features depend on its encoder
         with path.register_forward_pre_hook(turn):

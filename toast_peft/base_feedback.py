@@ -38,6 +38,8 @@ def read_weights(path: str, revision: str | None, subfolder: str | None) -> tupl
         ValueError: if its feedback is not made of finite numbers.
     """
     file = cached_file(path, SAFETENSORS_WEIGHTS_NAME, revision=revision, subfolder=subfolder or "")
+    if file is None:
+        raise OSError(f"{path!r} has no {SAFETENSORS_WEIGHTS_NAME}")
     weights = {_canonical(name.removeprefix("base_model.model.")): tensor for name, tensor in load_file(file).items()}
     unusable = [name for name, tensor in weights.items() if ".topdown_" in name and not _is_usable(tensor)]
     if unusable:
@@ -68,7 +70,7 @@ def sha256_of(weights: dict[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(weights.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -94,7 +96,7 @@ def read_base_feedback(config: TopDownConfig, names: list[str]) -> dict[str, tor
             adapter was trained with.
     """
     _check_reference(config)
-    where = (config.base_feedback, config.base_feedback_revision, config.base_feedback_subfolder)
+    where = (str(config.base_feedback), config.base_feedback_revision, config.base_feedback_subfolder)
     described = " ".join(
         f"{name}={value!r}"
         for name, value in zip(("base_feedback", "revision", "subfolder"), where, strict=True)
@@ -165,7 +167,7 @@ def _check_reference(config: TopDownConfig) -> None:
     if config.reference_in_file != (path, subfolder):  # of an adapter in a local folder, or set in code
         return
     parts = [part for names in (subfolder, config.base_feedback_revision) if names for part in names.split("/")]
-    if not (_is_hub_id(path) and all(re.fullmatch(r"[\w-][\w.-]*", part) for part in parts)):
+    if not (_is_hub_id(str(path)) and all(re.fullmatch(r"[\w-][\w.-]*", part) for part in parts)):
         raise ValueError(
             f"The file of a TOAST adapter names {path!r} (subfolder {subfolder!r}) as its `base_feedback`; expected a "
             "Hub id, as the adapter is not in a local folder. If it is right, set `base_feedback` of "

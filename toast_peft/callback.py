@@ -37,7 +37,7 @@ def feedback_statistics(model: nn.Module) -> dict[str, float]:
         `decoder_open_tokens` and so on. Empty before the first forward.
     """
     named = {name: module for name, module in model.named_modules() if isinstance(module, FeedbackPath)}
-    statistics = {}
+    statistics: dict[str, float] = {}
     for name, path in named.items():
         prefix = "" if len(named) == 1 else f"{name.split('.')[-2]}_"
         values = mask_statistics(path.state.current.mask, path.state.current.attention_mask)
@@ -85,7 +85,7 @@ class FeedbackCallback(TrainerCallback):
         self.trainer = trainer
         self.has_warned = False
 
-    def on_log(
+    def on_log(  # type: ignore[override]  # the trainer always gives `model` and `logs`
         self,
         args: TrainingArguments,
         state: TrainerState,

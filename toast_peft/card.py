@@ -11,7 +11,7 @@ from dataclasses import fields
 from enum import Enum
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import transformers
 from huggingface_hub import ModelCard, ModelCardData
@@ -62,40 +62,41 @@ def register_model_card() -> None:
     """Let PEFT write our section into the card of each TOAST adapter. To be called once."""
     write, upload = PeftModel.create_or_update_model_card, PeftModel._upload_modified_files
 
-    def update(model: PeftModel, folder: str | os.PathLike, location: str | os.PathLike) -> None:
+    def update(model: PeftModel, folder: str | os.PathLike[str], location: str | os.PathLike[str]) -> None:
         tags = _write_section(model, folder, location)
-        write(model, folder)
+        write(model, os.fspath(folder))
         _add_tags(folder, tags)
 
     @wraps(write)
-    def create_or_update_model_card(self: PeftModel, output_dir: str | os.PathLike) -> None:
-        if self.peft_type == PeftType.TOPDOWN:
+    def create_or_update_model_card(self: PeftModel, output_dir: str | os.PathLike[str]) -> None:
+        if self.peft_type == PeftType("TOPDOWN"):
             update(self, output_dir, location=output_dir)
         else:
-            write(self, output_dir)
+            write(self, os.fspath(output_dir))
 
     @wraps(upload)
     def upload_modified_files(self: PeftModel, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
         # The last moment before the upload, and the first that knows the repository.
-        if self.peft_type == PeftType.TOPDOWN:
+        if self.peft_type == PeftType("TOPDOWN"):
             update(self, working_dir, location=repo_id)
         return upload(self, working_dir, repo_id, *args, **kwargs)
 
-    PeftModel.create_or_update_model_card = create_or_update_model_card
-    PeftModel._upload_modified_files = upload_modified_files
+    # Ours call what they replace; PEFT has no other place for the card of a method.
+    PeftModel.create_or_update_model_card = create_or_update_model_card  # type: ignore[method-assign]
+    PeftModel._upload_modified_files = upload_modified_files  # type: ignore[method-assign, assignment]
 
 
-def _write_section(model: PeftModel, folder: str | os.PathLike, location: str | os.PathLike) -> set[str]:
+def _write_section(model: PeftModel, folder: str | os.PathLike[str], location: str | os.PathLike[str]) -> set[str]:
     """Put our section into the card of the folder, for adapters at `location`; the tags that it had are returned."""
     path = Path(folder) / "README.md"
     card = ModelCard.load(path) if path.exists() else None
     if card is None or _is_empty_form(card):
-        tags = card.data.tags if card else []
+        tags = card.data.get("tags") if card else []
         card = ModelCard(f"---\nlibrary_name: peft\n---\n\n# TOAST adapter for {_described(model.get_base_model())}\n")
-        card.data.tags = tags
+        card.data["tags"] = tags
     card.text = _with_section(card.text, _section(model, location))
     card.save(path)
-    return {tag for tag in card.data.tags or [] if not tag.startswith(_TAG_OF_BASE_MODEL)}
+    return {tag for tag in card.data.get("tags") or [] if not tag.startswith(_TAG_OF_BASE_MODEL)}
 
 
 def _is_empty_form(card: ModelCard) -> bool:
@@ -105,7 +106,7 @@ def _is_empty_form(card: ModelCard) -> bool:
     return card.text.split() == form.text.split()
 
 
-def _add_tags(folder: str | os.PathLike, tags: set[str]) -> None:
+def _add_tags(folder: str | os.PathLike[str], tags: set[str]) -> None:
     # PEFT has replaced those that were there by its own.
     path = Path(folder) / "README.md"
     card = ModelCard.load(path)
@@ -119,7 +120,7 @@ def _with_section(text: str, section: str) -> str:
     return before + section + after if begin and end else f"{text.rstrip()}\n\n{section}\n\n"
 
 
-def _section(model: PeftModel, location: str | os.PathLike) -> str:
+def _section(model: PeftModel, location: str | os.PathLike[str]) -> str:
     return _SECTION.format(
         begin=_BEGIN,
         base=_described(model.get_base_model()),
@@ -131,7 +132,7 @@ def _section(model: PeftModel, location: str | os.PathLike) -> str:
 
 def _adapters_of(model: PeftModel) -> list[str]:
     """Not those of another method that the base model may have."""
-    return [name for name, config in model.peft_config.items() if config.peft_type == PeftType.TOPDOWN]
+    return [name for name, config in model.peft_config.items() if config.peft_type == PeftType("TOPDOWN")]
 
 
 def _described(base: nn.Module) -> str:
@@ -141,7 +142,7 @@ def _described(base: nn.Module) -> str:
 # ------------------------------------------------------------------------------------------------------ how to use it
 
 
-def loading_snippet(model: PeftModel, location: str | os.PathLike) -> str:
+def loading_snippet(model: PeftModel, location: str | os.PathLike[str]) -> str:
     """Python code that loads an adapter on its base model.
 
     Args:
@@ -153,7 +154,7 @@ def loading_snippet(model: PeftModel, location: str | os.PathLike) -> str:
     """
     name = "default" if "default" in _adapters_of(model) else model.active_adapter
     subfolder = "" if name == "default" else f", subfolder={_quoted(name)}"
-    imported, base = _base_model_code(model.get_base_model(), model.peft_config[name], name)
+    imported, base = _base_model_code(model.get_base_model(), model.peft_config[name].revision, name)
     return "\n".join(
         [
             "import toast_peft  # makes PEFT know the method",
@@ -167,17 +168,18 @@ def loading_snippet(model: PeftModel, location: str | os.PathLike) -> str:
     )
 
 
-def _base_model_code(base: nn.Module, config: TopDownConfig, adapter_name: str) -> tuple[list[str], str]:
+def _base_model_code(base: nn.Module, revision: str | None, adapter_name: str) -> tuple[list[str], str]:
     """The import and the expression that make the base model; a comment where they are not known."""
     path = getattr(base, "name_or_path", "")
     loader = _loader_of(base)
     if not path or loader is None:
         return [], f"...  # the {type(base).__name__} that the adapter was made for"
     arguments = [_quoted(path)]
-    if config.revision:
-        arguments.append(f"revision={_quoted(config.revision)}")
-    if _has_trained_head(base, adapter_name):  # the checkpoint has none, or another one
-        arguments += [f"num_labels={base.config.num_labels}", "ignore_mismatched_sizes=True"]
+    if revision:
+        arguments.append(f"revision={_quoted(revision)}")
+    num_labels = getattr(base.config, "num_labels", None)
+    if _has_trained_head(base, adapter_name, num_labels):  # the checkpoint has none, or another one
+        arguments += [f"num_labels={num_labels}", "ignore_mismatched_sizes=True"]
     return [f"from transformers import {loader}"], f"{loader}.from_pretrained({', '.join(arguments)})"
 
 
@@ -205,12 +207,10 @@ def _auto_classes_of(base: PreTrainedModel) -> list[str]:
     ]
 
 
-def _has_trained_head(base: PreTrainedModel, adapter_name: str) -> bool:
+def _has_trained_head(base: nn.Module, adapter_name: str, num_labels: int | None) -> bool:
     """Whether a module that was trained besides the feedback computes the labels."""
     parameters = _saved_parameters(base, adapter_name)
-    return any(
-        p.shape[:1] == (base.config.num_labels,) for name, p in parameters.items() if ".modules_to_save." in name
-    )
+    return any(p.shape[:1] == (num_labels,) for name, p in parameters.items() if ".modules_to_save." in name)
 
 
 def _quoted(text: str) -> str:
@@ -232,7 +232,7 @@ def _adapter_line(model: PeftModel, adapter_name: str) -> str:
     trained = sum(_size(p) for name, p in parameters.items() if not any(name.startswith(part) for part in fixed))
     megabytes = sum(_size(p) * p.element_size() for p in parameters.values()) / 1e6
     size = f"{megabytes:.1f} MB" if megabytes >= 1 else f"{1e3 * megabytes:.1f} kB"
-    options = _options(model.peft_config[adapter_name])
+    options = _options(cast(TopDownConfig, model.peft_config[adapter_name]))
     return f"- `{adapter_name}`: `TopDownConfig({options})`, {trained:,} trained parameters, {size} of weights"
 
 

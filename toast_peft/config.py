@@ -12,7 +12,7 @@ from .config_checks import TRAINABLE_PARTS, check_values
 from .saved_adapter import SavedAdapter
 
 # How the official code trains each of its stages. It has no pre-tuning for ViT; the weight is that in its `var_loss`.
-OFFICIAL_STAGES = {
+OFFICIAL_STAGES: dict[str, dict[str, Any]] = {
     "vit-pretuning": {"trainable_parts": ["prompt", "linear1", "linear2"], "variational_weight": 0.1},
     "vit-tuning": {"trainable_parts": ["prompt", "linear1", "linear2"]},
     "vit-lite": {"trainable_parts": ["prompt", "transform", "linear1", "linear2"], "r": 4, "lora_alpha": 1},
@@ -23,13 +23,13 @@ OFFICIAL_STAGES = {
 }
 
 # Where a new adapter starts from. For this run only: neither saved, nor taken from a file, which could name anything.
-_RUNTIME_OPTIONS = {
+_RUNTIME_OPTIONS: dict[str, Any] = {
     "pretrained_feedback": None,
     "pretrained_revision": None,
     "pretrained_subfolder": None,
     "share_pretrained_feedback": False,
 }
-_BASE_FEEDBACK = dict.fromkeys(
+_BASE_FEEDBACK: dict[str, Any] = dict.fromkeys(
     ["base_feedback", "base_feedback_revision", "base_feedback_subfolder", "base_feedback_sha256"]
 )
 
@@ -223,7 +223,7 @@ class TopDownConfig(PeftConfig):
         self.reference_in_file = (self.base_feedback, self.base_feedback_subfolder) if is_from_file else None
         if is_from_file:
             self._drop_runtime_options()
-        self.peft_type = PeftType.TOPDOWN
+        self.peft_type = PeftType("TOPDOWN")
         if isinstance(self.pretrained_feedback, os.PathLike):
             self.pretrained_feedback = os.fspath(self.pretrained_feedback)
         check_values(self, [*TopDownConfig.__annotations__, "inference_mode"])
@@ -365,5 +365,5 @@ class TopDownConfig(PeftConfig):
 
 
 def _in_order(parts: list[str] | str | None) -> list[str]:
-    parts = TRAINABLE_PARTS if parts is None else [parts] if isinstance(parts, str) else parts
-    return [part for part in TRAINABLE_PARTS if part in parts]
+    chosen = TRAINABLE_PARTS if parts is None else [parts] if isinstance(parts, str) else parts
+    return [part for part in TRAINABLE_PARTS if part in chosen]

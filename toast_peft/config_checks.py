@@ -99,7 +99,7 @@ def check_values(config: Any, names: list[str]) -> None:
         expected, holds = _EXPECTED.get(name, (f"a value of the type {annotation}", _any))
         if not is_of_type(value, annotation) or not (value is None or holds(value)):
             raise ValueError(f"`{name}` is {value!r}; expected {expected}.")
-        if isinstance(value, Real) and type(value) not in (bool, int, float):
+        if isinstance(value, Real) and not isinstance(value, (bool, int, float)):
             setattr(config, name, int(value) if isinstance(value, Integral) else float(value))
 
 
@@ -122,4 +122,4 @@ def is_of_type(value: Any, annotation: Any) -> bool:
 
 def _is_number(value: Real) -> bool:
     """Neither a bool nor NaN, infinite or too large for float32."""
-    return not isinstance(value, bool) and abs(value) <= torch.finfo(torch.float32).max
+    return not isinstance(value, bool) and abs(float(value)) <= torch.finfo(torch.float32).max

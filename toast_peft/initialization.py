@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from .config import TopDownConfig
 from .core.dropout import in_evaluation_mode
-from .core.layers import FeedbackPath, feedback_paths, hidden_states_of
+from .core.layers import FeedbackPath, feedback_paths, hidden_states_of, weight_of
 
 # Root mean square of the entries of a prompt that starts at features. It sets how far a step turns the prompt: Adam
 # moves each entry by up to the learning rate. After 50 steps with 1e-2, a LLaMA of 3 M parameters had 0 % of its
@@ -37,22 +37,23 @@ class Statistics:
 
     Args:
         backbone: the module with the feedback path.
+        path: its feedback path.
         adapter_name: the adapter to initialise; it must be active.
         with_chain: whether to collect what the chain is computed of, or only the mean feature.
     """
 
-    def __init__(self, backbone: nn.Module, adapter_name: str, with_chain: bool = True) -> None:
+    def __init__(self, backbone: nn.Module, path: FeedbackPath, adapter_name: str, with_chain: bool = True) -> None:
         self.backbone = backbone
-        self.path: FeedbackPath = backbone.feedback_path
+        self.path = path
         self.adapter_name = adapter_name
         # A chain of full matrices that starts from identities; not one that already is what it should be, or fixed.
         has_chain = self.path.keeps_shape and self.config.r == 0 and self.config.init_weights
         has_chain = has_chain and with_chain
         self.blocks = self.path.blocks_of(adapter_name) if has_chain else []
         self.num_tokens = 0
-        self.mean_feature: torch.Tensor | float = 0.0  # [d], not divided by the number of tokens
-        self.grams: dict[int, torch.Tensor | float] = dict.fromkeys(self.blocks, 0.0)  # output' output, [d, d]
-        self.differences: dict[int, torch.Tensor | float] = dict.fromkeys(self.blocks, 0.0)  # output' (input - output)
+        self.mean_feature = torch.zeros(())  # [d], not divided by the number of tokens
+        self.grams = dict.fromkeys(self.blocks, torch.zeros(()))  # output' output, [d, d]
+        self.differences = dict.fromkeys(self.blocks, torch.zeros(()))  # output' (input - output), [d, d]
         # Input and output in pass 1 of this forward, None when it is over.
         self.of_blocks: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None
         self.attention_mask: torch.Tensor | None = None
@@ -64,7 +65,7 @@ class Statistics:
     @property
     def prompt(self) -> nn.Parameter:
         """The prompt of the adapter. Shape: [d]"""
-        return self.path.selection.topdown_prompt[self.adapter_name].weight
+        return weight_of(self.path.selection.topdown_prompt[self.adapter_name])
 
     def hooks(self) -> Iterator[Any]:
         """Set the hooks."""
@@ -76,7 +77,7 @@ class Statistics:
 
     def start(self, backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """A hook: what the backbone gets. Its attention mask is that of its own tokens, also in a decoder."""
-        names = backbone.feedback_path.passes.backbone_forward.argument_names
+        names = self.path.passes.backbone_forward.argument_names
         mask = (dict(zip(names, args, strict=False)) | kwargs).get("attention_mask")
         self.attention_mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
         self.of_blocks = {}
@@ -97,7 +98,7 @@ class Statistics:
         compared = self._tokens(features if compared is None else compared)
         self.num_tokens += len(compared)
         self.mean_feature = self.mean_feature + F.normalize(compared, dim=-1).sum(0)
-        for index, of_block in self.of_blocks.items():
+        for index, of_block in (self.of_blocks or {}).items():
             hidden_states, output = map(self._tokens, of_block)
             self.grams[index] = self.grams[index] + output.T @ output
             self.differences[index] = self.differences[index] + output.T @ (hidden_states - output)
@@ -144,7 +145,7 @@ class Statistics:
             identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
             regular = gram + ridge * gram.diagonal().mean() * identity
             linear1 = identity + torch.linalg.solve(regular, self.differences[index]).T
-            weights.append((self.path.layers[str(index)].topdown_linear1[self.adapter_name].weight, linear1))
+            weights.append((weight_of(self.path.layer(str(index)).topdown_linear1[self.adapter_name]), linear1))
         return weights
 
 
@@ -186,7 +187,7 @@ def initialize_feedback(
     if not backbones or any(path.active_adapter != adapter_name for _, path in backbones):
         active = sorted({str(path.active_adapter) for _, path in backbones}) or "none"
         raise ValueError(f"`adapter_name` is {adapter_name!r}; expected the active TOAST adapter, which is {active}.")
-    statistics = [Statistics(backbone, adapter_name) for backbone, _ in backbones]
+    statistics = [Statistics(backbone, path, adapter_name) for backbone, path in backbones]
     collect(model, dataloader, statistics)
     for collected in statistics:
         collected.check()

@@ -1,5 +1,8 @@
 """The load of an adapter: its weights are checked against the model, and a load that fails is undone."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -28,7 +31,7 @@ class Load:
 
     def __init__(self, before: Snapshot) -> None:
         self.before = before
-        self.stacks: list[Stack] = []
+        self.stacks: Sequence[Stack] = ()
         self.copied: dict[str, torch.Tensor] = {}
         self._waiting: nn.Module | None = None  # the model, while PEFT is still to load weights into it
         self._modules: list[nn.Module] = []
@@ -124,10 +127,8 @@ def check_weights(
     of_embeddings = {name for name in weights.keys() - expected if name.startswith(embeddings)}
     expected |= of_embeddings & targets.keys()
     found = {name: weights[name] for name in weights.keys() - (of_embeddings - targets.keys())}
-    shapes, found_shapes = _shapes(targets), _shapes(found)
-    problems = describe_differences(
-        {name: shapes.get(name, found_shapes.get(name)) for name in expected}, found_shapes
-    )
+    shapes = _shapes(found) | _shapes(targets)
+    problems = describe_differences({name: shapes.get(name, ()) for name in expected}, _shapes(found))
     for name in sorted(expected & found.keys() & targets.keys()):
         problems += _problems_with_values(name, found[name], targets[name])
     if problems:
@@ -168,7 +169,7 @@ def _names_of_other_modules(model: nn.Module, adapter_name: str) -> dict[str, st
     }
 
 
-def _prefixes_of_embeddings(model: nn.Module) -> tuple[str, ...]:
+def _prefixes_of_embeddings(model: Any) -> tuple[str, ...]:
     try:
         embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
     except (AttributeError, NotImplementedError):  # no model of transformers, or one without token embeddings

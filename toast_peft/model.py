@@ -1,9 +1,9 @@
 """`TopDownModel`: TOAST as a PEFT tuner."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
-from typing import Any, ClassVar
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel, TaskType
@@ -15,10 +15,10 @@ from torch import nn
 from .base_feedback import copy_weights, is_in_base_feedback, load_base_feedback
 from .callback import feedback_statistics
 from .config import TopDownConfig
-from .core.layers import FeedbackPath, feedback_paths
+from .core.layers import feedback_path_of, feedback_paths
 from .core.stack import Stack, remove_feedback_path
 from .core.topdown_layer import NO_MERGE, TopDownLayer, belongs_to
-from .core.variational_loss import last_variational_loss
+from .core.variational_loss import last_variational_loss, total
 from .families.find import find_stacks
 from .loading import SAVED_PREFIX, Load, by_names_of_parameters, check_weights, read_weights
 from .pretrained_feedback import start_from_pretrained
@@ -38,9 +38,9 @@ class TopDownModel(BaseTuner):
     and the model hooks; `unload()` takes all of it away.
     """
 
-    prefix: str = "topdown_"
+    prefix = "topdown_"
     tuner_layer_cls = TopDownLayer
-    target_module_mapping: ClassVar[dict] = {}
+    target_module_mapping: dict[str, Any] = {}
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         if isinstance(peft_config, dict):  # it comes from a `PeftModel`, which is made for a task
@@ -60,16 +60,19 @@ class TopDownModel(BaseTuner):
         """
         load = self._begin_load(adapter_name)
         with restored_on_failure(load.before):
-            weights = read_weights(self.peft_config[adapter_name])
+            weights = read_weights(self._config_of(adapter_name))
             _drop_adapter(model, adapter_name)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-            config = self.peft_config[adapter_name]
+            config = self._config_of(adapter_name)
             self._start(load, adapter_name, config, has_weights=weights is not None)
             if weights is not None:
                 loaded = by_names_of_parameters(model, adapter_name, weights)
                 check_weights(model, adapter_name, config, loaded)
             config.saved_adapter = None
         self._end_load(adapter_name)
+
+    def _config_of(self, adapter_name: str) -> TopDownConfig:
+        return cast(TopDownConfig, self.peft_config[adapter_name])
 
     def _begin_load(self, adapter_name: str) -> Load:
         load = self._loads.get(adapter_name)
@@ -94,7 +97,9 @@ class TopDownModel(BaseTuner):
         if self._loads[adapter_name].is_over:
             del self._loads[adapter_name]
 
-    def _prepare_adapter_config(self, peft_config: TopDownConfig, model_config: dict) -> TopDownConfig:
+    def _prepare_adapter_config(  # type: ignore[override]  # it gets configs of ours only
+        self, peft_config: TopDownConfig, model_config: dict
+    ) -> TopDownConfig:
         # Everything that can be wrong with the config is found here, before the model is touched.
         adapter_name = next(name for name, config in self.peft_config.items() if config is peft_config)
         stacks = self._loads[adapter_name].stacks = find_stacks(self.model, peft_config)
@@ -110,17 +115,19 @@ class TopDownModel(BaseTuner):
         peft_config = self.peft_config[adapter_name] = _with_base_model_facts(peft_config, stacks)
         return peft_config
 
-    def _stacks_of(self, peft_config: PeftConfig) -> list[Stack]:
+    def _stacks_of(self, peft_config: PeftConfig) -> Sequence[Stack]:
         """The stacks of an adapter that is being injected."""
         return next(self._loads[name].stacks for name, config in self.peft_config.items() if config is peft_config)
 
-    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> Any:
+    def _check_target_module_exists(  # type: ignore[override]  # a static method of PEFT, which calls it on `self`
+        self, peft_config: PeftConfig, key: str
+    ) -> Any:
         stacks = self._stacks_of(peft_config)
         if any(key in stack.excluded for stack in stacks):
             return check_target_module_exists(peft_config, key)  # PEFT's own mark of an excluded module
         return any(key in stack.names for stack in stacks)
 
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override]  # it gets configs of ours only
         self,
         peft_config: TopDownConfig,
         adapter_name: str,
@@ -132,10 +139,7 @@ class TopDownModel(BaseTuner):
     ) -> None:
         # Nothing is replaced: the value projection stays what it is, be it quantised or wrapped by another method.
         stack = next(stack for stack in self._loads[adapter_name].stacks if current_key in stack.names)
-        path = getattr(stack.backbone, "feedback_path", None)
-        if not isinstance(path, FeedbackPath):
-            path = stack.add_feedback_path()
-            path.passes.add_loss_hook(self.model)
+        path = feedback_path_of(stack.backbone) or stack.add_feedback_path(self.model)
         if adapter_name not in path.selection.topdown_config:
             path.selection.update_layer(adapter_name, peft_config, stack.hidden_size)
         index = stack.names[current_key]
@@ -163,7 +167,7 @@ class TopDownModel(BaseTuner):
         """
         hooks = [path.passes.loss_hook for _, path in feedback_paths(self.model)]
         losses = [loss for loss in (hook.take() for hook in hooks) if loss is not None]
-        return sum(loss.to(losses[0].device) for loss in losses) if losses else torch.zeros(())
+        return total(losses) if losses else torch.zeros(())
 
     @property
     def last_variational_loss(self) -> torch.Tensor | None:
@@ -183,11 +187,11 @@ class TopDownModel(BaseTuner):
         if self.active_adapter:
             self.set_adapter(self.active_adapter)
 
-    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         if merge:
             self._check_merge_allowed()
-        for backbone, _ in list(feedback_paths(self.model)):
-            remove_feedback_path(backbone)
+        for backbone, path in list(feedback_paths(self.model)):
+            remove_feedback_path(backbone, path)
         return super()._unload_and_optionally_merge(merge, *args, **kwargs)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -217,18 +221,19 @@ class TopDownModel(BaseTuner):
     # ------------------------------------------------------------------------------------------ saving and loading
 
     @classmethod
-    def _get_adapter_state_dict(
+    def _get_adapter_state_dict(  # type: ignore[override]  # it gets configs of ours only
         cls, model: nn.Module, config: TopDownConfig, adapter_name: str, *args: Any, **kwargs: Any
     ) -> dict[str, torch.Tensor]:
         weights = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
         return {name: tensor for name, tensor in weights.items() if not is_in_base_feedback(config, name)}
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(
+    def _remap_adapter_state_dict_for_load(  # type: ignore[override]  # it gets configs of ours only
         cls, model: nn.Module, config: TopDownConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         loads: dict[str, Load] = getattr(model.base_model, "_loads", {}) if isinstance(model, PeftModel) else {}
+        configs: dict[str, PeftConfig] = getattr(model, "peft_config", {})
         # PEFT removes the prefix where the adapter was injected into a model without a `PeftModel` around it.
         prefix = "" if isinstance(model, PeftModel) else SAVED_PREFIX
         loaded = {name.removeprefix(prefix): value for name, value in remapped.items()}
@@ -236,8 +241,8 @@ class TopDownModel(BaseTuner):
             check_weights(model, adapter_name, config, loaded)
         except ValueError:
             # The config of another adapter stays, the only one does so too.
-            if adapter_name in loads and loads[adapter_name].undo() and len(model.peft_config) > 1:
-                model.peft_config.pop(adapter_name, None)
+            if adapter_name in loads and loads[adapter_name].undo() and len(configs) > 1:
+                configs.pop(adapter_name, None)
             raise
         loads.pop(adapter_name, None)
         # What is in the base feedback is in the model already; PEFT would warn that it is missing.
@@ -248,7 +253,7 @@ class TopDownModel(BaseTuner):
         }
 
 
-def _with_base_model_facts(config: TopDownConfig, stacks: list[Stack]) -> TopDownConfig:
+def _with_base_model_facts(config: TopDownConfig, stacks: Sequence[Stack]) -> TopDownConfig:
     """Put into the config what it is for; of a saved adapter, raise if that is another model than this one."""
     facts = {
         "backbone_type": stacks[0].model_type,
@@ -311,7 +316,7 @@ def _drop_adapter(model: nn.Module, adapter_name: str) -> None:
     for backbone, path in paths:
         path.drop_adapter(adapter_name)
         if not path.selection.topdown_config:
-            remove_feedback_path(backbone)
+            remove_feedback_path(backbone, path)
     if not paths or _is_of_another_method(model, adapter_name):
         return
     wrappers = [(name, part) for name, part in model.named_modules() if isinstance(part, AuxiliaryTrainingWrapper)]

@@ -4,6 +4,7 @@ The official code saves whole models. Its feedback becomes an adapter; its backb
 the Hugging Face model; its classification head is copied where it fits.
 """
 
+import math
 import os
 import re
 import warnings
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from .config import OFFICIAL_STAGES, TopDownConfig
+from .core.layers import feedback_paths, weight_of
 from .core.stack import Stack
 from .families.convnets import ConvNetStack, StageShape
 from .families.find import find_stacks
@@ -142,13 +144,14 @@ def from_official_checkpoint(
     if head_fits and "modules_to_save" not in config_overrides:
         config.modules_to_save = ["classifier"]
     peft_model = get_peft_model(model, config)
-    _copy_feedback(tensors, stack, official.prefix)
+    _copy_feedback(model, tensors, stack, official.prefix)
     if head_fits and "classifier" in (config.modules_to_save or []):
         _copy_head(peft_model, tensors)
     return peft_model
 
 
 def _read(checkpoint: Mapping[str, torch.Tensor] | str | os.PathLike) -> dict[str, torch.Tensor]:
+    tensors: Any
     if not isinstance(checkpoint, (str, os.PathLike)):
         tensors = checkpoint
     elif str(checkpoint).endswith(".safetensors"):
@@ -193,7 +196,7 @@ def _official_config(
     stage = OFFICIAL_STAGES[f"{official.model_type}-tuning"]
     if ranks:  # there is no Lite of ConvNeXt, as will be said where the names are checked
         stage = OFFICIAL_STAGES.get(f"{official.model_type}-lite", stage)
-    options = {
+    options: dict[str, Any] = {
         "task_type": TaskType.CAUSAL_LM if is_causal_lm else None,
         "r": next(iter(ranks), 0),
         "lora_alpha": 1,
@@ -210,7 +213,7 @@ def _feedback_shapes(stack: Stack, config: TopDownConfig, prefix: str) -> dict[s
     """Names and shapes of the feedback in an official checkpoint; decoder i feeds block `feedback_to + i`."""
     d = stack.hidden_size
     feedback_from, feedback_to = config.feedback_range(len(stack.blocks))
-    shapes = {f"{prefix}.prompt": (d,), f"{prefix}.top_down_transform": (d, d)}
+    shapes: dict[str, tuple[int, ...]] = {f"{prefix}.prompt": (d,), f"{prefix}.top_down_transform": (d, d)}
     for index in range(feedback_from - feedback_to):
         for linear in ("linear", "linear2"):
             name = f"{prefix}.decoders.{index}.{linear}"
@@ -234,11 +237,11 @@ def _backbone_tensors(model: nn.Module, stack: Stack, official: OfficialModel) -
     own = stack.backbone.state_dict()
     if official is _LLAMA:
         named = {f"model.{name}": tensor for name, tensor in own.items()}
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        return named if head is None else named | {"lm_head.weight": head.weight.detach()}
+        head = getattr(model, "lm_head", None)
+        return named if head is None else named | {"lm_head.weight": weight_of(head).detach()}
     if official is _CONVNEXT:
         return {_official_convnext_name(name): tensor for name, tensor in own.items()}
-    modules = dict(_VIT_MODULES)
+    modules: dict[str, tuple[str, ...]] = dict(_VIT_MODULES)
     for index in range(len(stack.blocks)):
         for name, parts in _VIT_BLOCK_MODULES.items():
             modules[f"enc.blocks.{index}.{name}"] = tuple(f"layers.{index}.{part}" for part in parts)
@@ -295,12 +298,12 @@ def _unmerged(tensors: dict[str, torch.Tensor], config: TopDownConfig, lora_merg
 
 def _looks_merged(tensors: dict[str, torch.Tensor], products: dict[str, torch.Tensor], scaling: float) -> bool:
     """Whether the weights contain `scaling` times the products, well beyond what chance would give."""
-    inner = sum((tensors[name].double() * product).sum() for name, product in products.items())
-    squares = sum(product.square().sum() for product in products.values())
-    if not products or squares == 0:
+    inner = sum(float((tensors[name].double() * product).sum()) for name, product in products.items())
+    squares = sum(float(product.square().sum()) for product in products.values())
+    if squares == 0:
         return False
-    variance = sum(tensors[name].double().square().mean() * p.square().sum() for name, p in products.items())
-    return bool(inner / squares > scaling / 2 and inner / variance.sqrt() > 6)
+    variance = sum(float(tensors[name].double().square().mean() * p.square().sum()) for name, p in products.items())
+    return inner / squares > scaling / 2 and inner / math.sqrt(variance) > 6
 
 
 def _compare_backbones(tensors: dict[str, torch.Tensor], backbone: dict[str, torch.Tensor]) -> None:
@@ -328,24 +331,23 @@ def _head_fits(model: nn.Module, tensors: dict[str, torch.Tensor]) -> bool:
 
 
 @torch.no_grad()
-def _copy_feedback(tensors: dict[str, torch.Tensor], stack: Stack, prefix: str) -> None:
-    path = stack.backbone.feedback_path
-    path.selection.topdown_prompt["default"].weight.copy_(tensors[f"{prefix}.prompt"])
-    path.selection.topdown_transform["default"].weight.copy_(tensors[f"{prefix}.top_down_transform"])
+def _copy_feedback(model: nn.Module, tensors: dict[str, torch.Tensor], stack: Stack, prefix: str) -> None:
+    [(_, path)] = [pair for pair in feedback_paths(model) if pair[0] is stack.backbone]
+    weight_of(path.selection.topdown_prompt["default"]).copy_(tensors[f"{prefix}.prompt"])
+    weight_of(path.selection.topdown_transform["default"]).copy_(tensors[f"{prefix}.top_down_transform"])
     _, feedback_to = path.selection.topdown_config["default"].feedback_range(len(stack.blocks))
-    for block in path.blocks_of("default"):
-        layer = path.layers[str(block)]
+    for block, layer in path.layers_of("default"):
         for official, own in (("linear", "topdown_linear1"), ("linear2", "topdown_linear2")):
             name = f"{prefix}.decoders.{block - feedback_to}.{official}"
-            getattr(layer, own)["default"].weight.copy_(tensors[f"{name}.weight"])
-            if f"{name}.lora_A" in tensors:
-                getattr(layer, f"{own}_A")["default"].weight.copy_(tensors[f"{name}.lora_A"])
-                getattr(layer, f"{own}_B")["default"].weight.copy_(tensors[f"{name}.lora_B"])
+            for of_checkpoint, suffix in (("weight", ""), ("lora_A", "_A"), ("lora_B", "_B")):
+                if f"{name}.{of_checkpoint}" in tensors:
+                    container: nn.ModuleDict = getattr(layer, own + suffix)
+                    weight_of(container["default"]).copy_(tensors[f"{name}.{of_checkpoint}"])
 
 
 @torch.no_grad()
 def _copy_head(model: PeftModel, tensors: dict[str, torch.Tensor]) -> None:
-    head = model.get_base_model().classifier.modules_to_save["default"]
+    head = model.get_base_model().get_submodule("classifier.modules_to_save.default")
     for name in ("weight", "bias"):
         if f"head.last_layer.{name}" in tensors:
-            getattr(head, name).copy_(tensors[f"head.last_layer.{name}"])
+            head.get_parameter(name).copy_(tensors[f"head.last_layer.{name}"])

@@ -4,12 +4,13 @@ from copy import copy
 
 import torch
 from peft import PeftConfig
+from peft.utils import PeftType
 from safetensors import SafetensorError
 from torch import nn
 
 from .base_feedback import copy_weights, is_fixed_matrix, name_in_file, read_base_feedback, read_weights, sha256_of
 from .config import TopDownConfig
-from .core.layers import FeedbackLayer
+from .core.layers import FeedbackLayer, weight_of
 from .core.topdown_layer import TopDownLayer
 
 _LINEARS = ("topdown_linear1", "topdown_linear2")
@@ -37,7 +38,6 @@ def start_from_pretrained(model: nn.Module, adapter_name: str, config: TopDownCo
         ValueError: if the saved adapter is of another method or base model, or lacks what the new one needs.
     """
     saved = _read_config(config)
-    _check_fits(saved, config)
     weights, commit = _read(saved, config)
     layers = {
         name: layer
@@ -58,15 +58,22 @@ def start_from_pretrained(model: nn.Module, adapter_name: str, config: TopDownCo
     return started
 
 
-def _read_config(config: TopDownConfig) -> PeftConfig:
-    path, where = config.pretrained_feedback, {"subfolder": config.pretrained_subfolder}
+def _read_config(config: TopDownConfig) -> TopDownConfig:
+    """The config of the saved adapter, if the new one can start from it."""
+    path, where = str(config.pretrained_feedback), {"subfolder": config.pretrained_subfolder}
     try:
-        return TopDownConfig.from_pretrained(path, revision=config.pretrained_revision, **where)
+        saved: PeftConfig = TopDownConfig.from_pretrained(path, revision=config.pretrained_revision, **where)
     except ValueError as error:
         raise ValueError(
             f"`pretrained_feedback={path!r}` could not be read; expected the path or Hub id of a saved TOAST adapter. "
             f"({error})"
         ) from error
+    if not isinstance(saved, TopDownConfig):  # PEFT makes it of the class that the file names
+        raise ValueError(
+            f"`pretrained_feedback={path!r}` is a {PeftType(saved.peft_type).value} adapter; expected a TOAST one."
+        )
+    _check_fits(saved, config)
+    return saved
 
 
 def _parts(layer: TopDownLayer, adapter_name: str) -> dict[str, nn.Module]:
@@ -81,7 +88,7 @@ def _goes_on(saved: TopDownConfig, config: TopDownConfig) -> bool:
 
 
 def _read(saved: TopDownConfig, config: TopDownConfig) -> tuple[dict[str, torch.Tensor], str | None]:
-    path = config.pretrained_feedback
+    path = str(config.pretrained_feedback)
     try:
         weights, commit = read_weights(path, config.pretrained_revision, config.pretrained_subfolder)
     except (OSError, SafetensorError) as error:
@@ -129,13 +136,13 @@ def _saved_shapes(layer: TopDownLayer, adapter_name: str, saved: TopDownConfig) 
         if saved.r > 0:
             with torch.device("meta"):
                 parts |= layer.new_factors(saved.r)
-    return {name: part.weight.shape for name, part in parts.items()}
+    return {name: weight_of(part).shape for name, part in parts.items()}
 
 
 def _prepare(layer: TopDownLayer, adapter_name: str, keeps_identity: bool) -> None:
     """Make the new adapter's parts real (`low_cpu_mem_usage=True` does not), and those that it is to have."""
     parts = _parts(layer, adapter_name)
-    if any(part.weight.is_meta for part in parts.values()):
+    if any(weight_of(part).is_meta for part in parts.values()):
         for part in parts.values():
             part.to_empty(device="cpu")
         if isinstance(layer, FeedbackLayer):
@@ -199,12 +206,7 @@ def _described(config: TopDownConfig) -> str:
     return f"r={config.r}, {ranges}"
 
 
-def _check_fits(saved: PeftConfig, config: TopDownConfig) -> None:
-    if not isinstance(saved, TopDownConfig):
-        raise ValueError(
-            f"`pretrained_feedback={config.pretrained_feedback!r}` is a {saved.peft_type.value} adapter; expected "
-            "a TOAST one."
-        )
+def _check_fits(saved: TopDownConfig, config: TopDownConfig) -> None:
     different = [name for name in ("backbone_type", "num_blocks") if getattr(saved, name) != getattr(config, name)]
     if different:
         raise ValueError(

@@ -39,8 +39,11 @@ def start_prompts(model: nn.Module, adapter_name: str) -> None:
         model: the base model with the adapter.
         adapter_name: the adapter.
     """
-    backbones = [backbone for backbone, path in feedback_paths(model) if adapter_name in path.selection.topdown_config]
-    statistics = [Statistics(backbone, adapter_name, with_chain=False) for backbone in backbones]
+    statistics = [
+        Statistics(backbone, path, adapter_name, with_chain=False)
+        for backbone, path in feedback_paths(model)
+        if adapter_name in path.selection.topdown_config
+    ]
     config = statistics[0].config
     if config.init_prompt == "random" or any(collected.prompt.is_meta for collected in statistics):
         return
@@ -83,7 +86,7 @@ def _run_once(model: nn.Module, statistics: list[Statistics]) -> list[float]:
             if not 0 < float(collected.mean_feature.norm()) < float("inf"):
                 raise RuntimeError("its features are zero or not finite")
         masks = [collected.path.state.current.mask for collected in statistics]
-        return [_open_share(mask, "input_ids" in inputs) for mask in masks]
+        return [_open_share(mask, "input_ids" in inputs) for mask in masks if mask is not None]
 
 
 def _open_share(mask: torch.Tensor, of_sentences: bool) -> float:
@@ -115,16 +118,17 @@ def _active(selections: list[FeatureSelection], adapter_name: str) -> Iterator[N
             part._active_adapter, part._disable_adapters, part.state.current = [adapter_name], False, Current()
         yield
     finally:
-        for part, *values in before:
-            part._active_adapter, part._disable_adapters, part.state.current = values
+        for part, active, disabled, current in before:
+            part._active_adapter, part._disable_adapters, part.state.current = active, disabled, current
 
 
 def _inputs(model: nn.Module) -> dict[str, Any]:
     """Random inputs of the model, always the same."""
     if not isinstance(model, PreTrainedModel):
-        if not hasattr(model, "dummy_inputs"):
+        dummy_inputs = getattr(model, "dummy_inputs", None)
+        if dummy_inputs is None:
             raise RuntimeError("its inputs are not known")
-        return model.dummy_inputs
+        return dummy_inputs
     generator = torch.Generator().manual_seed(0)
     parameters = inspect.signature(model.forward).parameters
     inputs: dict[str, Any] = {model.main_input_name: _main_input(model, generator)}

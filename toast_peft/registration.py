@@ -14,8 +14,7 @@ def _add_peft_type(name: str) -> None:
     member = str.__new__(PeftType, name)
     member._name_ = name
     member._value_ = name
-    member.__objclass__ = PeftType
-    member._sort_order_ = len(PeftType._member_names_)
+    vars(member).update(__objclass__=PeftType, _sort_order_=len(PeftType._member_names_))
     type.__setattr__(PeftType, name, member)
     PeftType._member_names_.append(name)
     PeftType._member_map_[name] = member
@@ -34,7 +33,7 @@ def register(config_cls: type, model_cls: Any) -> None:
     if "TOPDOWN" not in PeftType._member_map_:
         _add_peft_type("TOPDOWN")
         register_model_card()
-    if PeftType.TOPDOWN in PEFT_TYPE_TO_CONFIG_MAPPING:
+    if PeftType("TOPDOWN") in PEFT_TYPE_TO_CONFIG_MAPPING:
         _forget()
     register_peft_method(name="topdown", config_cls=config_cls, model_cls=model_cls, prefix=model_cls.prefix)
 
@@ -43,4 +42,4 @@ def _forget() -> None:
     from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
     for mapping in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING):
-        mapping.pop(PeftType.TOPDOWN, None)
+        mapping.pop(PeftType("TOPDOWN"), None)

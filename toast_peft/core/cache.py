@@ -18,11 +18,12 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
+from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.utils import ModelOutput
 
 _ATTRIBUTE = "topdown_passes"
+AnyLayer = Any  # a layer of a cache: of keys and values, of a state, or none; what it is depends on the version
 # What transformers has called the argument that is a cache; the new name since 5.24.
 _NAMES = ("past_key_values", "cache")
 
@@ -157,7 +158,7 @@ class TwoPassCache:
         if not isinstance(self.cache, EncoderDecoderCache):
             return view
         both = copy.copy(self.cache)  # shares the keys and values of the encoder's states, and which are there
-        both.self_attention_cache = view
+        both.self_attention_cache = view  # type: ignore[assignment]  # annotated as the class that is made by default
         return both
 
     def restore(self, output: Any) -> Any:
@@ -173,7 +174,8 @@ class TwoPassCache:
         if item is self.second_pass:
             return self.cache
         if isinstance(item, EncoderDecoderCache) and item.self_attention_cache is self.second_pass:
-            item.self_attention_cache = self.cache  # the model has added a cache for its cross-attention
+            # The model has added a cache for its cross-attention.
+            item.self_attention_cache = self.cache  # type: ignore[assignment]  # annotated as the default class
         return item
 
 
@@ -215,7 +217,8 @@ def _first_use(cache: Cache, num_blocks: int, owner: CacheOwner) -> Passes:
     cache.layers.extend(copy.deepcopy(layer) for layer in cache.layers[owner.feedback_to : owner.feedback_from])
     first_pass = _view(cache, cache.layers[: owner.feedback_to] + cache.layers[num_layers:])
     setattr(cache, _ATTRIBUTE, Passes(owner, num_layers, first_pass))
-    cache.update = update_of_one_pass
+    # On the instance, so that a model which does not run twice calls it.
+    cache.update = update_of_one_pass  # type: ignore[method-assign, assignment]
     return getattr(cache, _ATTRIBUTE)
 
 
@@ -238,7 +241,7 @@ def _length(cache: Cache) -> int:
     return int(cache.get_seq_length())
 
 
-def _view(cache: Cache, layers: list[CacheLayerMixin]) -> Cache:
+def _view(cache: Cache, layers: list[AnyLayer]) -> Cache:
     view = copy.copy(cache)
     for name in (_ATTRIBUTE, "update"):
         view.__dict__.pop(name, None)
@@ -246,7 +249,7 @@ def _view(cache: Cache, layers: list[CacheLayerMixin]) -> Cache:
     return view
 
 
-def _snapshot(layer: CacheLayerMixin) -> CacheLayerMixin:
+def _snapshot(layer: AnyLayer) -> AnyLayer:
     """The layer with its counters as they are now, sharing keys and values."""
     snapshot = copy.copy(layer)
     counter = getattr(layer, "cumulative_length", None)

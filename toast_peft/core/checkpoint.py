@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from .forwards import BlockForward
 
 
+_FUNCTION = "_gradient_checkpointing_func"  # what transformers calls it on each module that it may checkpoint
+
+
 class CheckpointWithFeedback:
     """A gradient checkpointing function that hands the feedback to the checkpointed call as tensor arguments.
 
@@ -79,13 +82,13 @@ class CheckpointWithFeedback:
 
 def wrap_checkpoint(module: nn.Module, wrapper: type, state: ThreadState, *blocks: "BlockForward") -> None:
     """Put a `wrapper` around the module's gradient checkpointing function, if it has one."""
-    checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+    checkpoint = getattr(module, _FUNCTION, None)
     if checkpoint is not None and not isinstance(checkpoint, wrapper):
-        module._gradient_checkpointing_func = wrapper(checkpoint, state, *blocks)
+        setattr(module, _FUNCTION, wrapper(checkpoint, state, *blocks))
 
 
 def unwrap_checkpoint(module: nn.Module) -> None:
     """Put back what `wrap_checkpoint` has wrapped."""
-    checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+    checkpoint = getattr(module, _FUNCTION, None)
     if isinstance(checkpoint, CheckpointWithFeedback):
-        module._gradient_checkpointing_func = checkpoint.checkpoint
+        setattr(module, _FUNCTION, checkpoint.checkpoint)

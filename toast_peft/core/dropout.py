@@ -48,7 +48,7 @@ def in_evaluation_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
     To these it is all the same, but for one of bitsandbytes with 4 bits on a CPU: when it first runs in evaluation
     mode, it packs its weights for good and has no gradient from then on.
     """
-    modules = [module for module in modules if module.training == (input_size(module) is None)]
+    modules = [module for module in modules if module.training == (input_size(module) == 0)]
     for module in modules:
         module.training = not module.training
     try:

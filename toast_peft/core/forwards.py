@@ -46,7 +46,7 @@ class ReplacedForward:
         self.state = state
         # Another library may have replaced the forward of this instance already (accelerate does, for offloading).
         self.previous: Callable | None = module.__dict__.get("forward")
-        module.forward = self
+        module.__dict__["forward"] = self
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -279,13 +279,17 @@ class BackboneForward(ReplacedForward):
         """Whether the features of pass 1 depend on something that wants a gradient."""
         if any(isinstance(value, torch.Tensor) and value.requires_grad for value in kwargs.values()):
             return True
-        unused = {self.path, self.final_norm, *self.blocks[run.feedback_from :]}
+        unused = {self.path, self.final_norm, *list(self.blocks)[run.feedback_from :]}
         return any(parameter.requires_grad for parameter in _parameters_outside(self.module, unused))
 
     def _features(self, run: Run, config: TopDownConfig) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What the feedback starts from, and what the prompt is compared with if that is something else."""
         features = hidden_states_of(run.last_output)
-        return self.final_norm(features) if self._normalizes(run, config) else features, None
+        return self._after_final_norm(features) if self._normalizes(run, config) else features, None
+
+    def _after_final_norm(self, features: torch.Tensor) -> torch.Tensor:
+        assert self.final_norm is not None  # the config has been checked
+        return self.final_norm(features)
 
     def _normalizes(self, run: Run, config: TopDownConfig) -> bool:
         return self.normalize_features if config.normalize_features is None else config.normalize_features
@@ -304,14 +308,16 @@ class TwoPasses:
     Args:
         stack: the backbone and its blocks.
         path: computes the feedback.
+        model: the whole model, which returns the loss.
         value_columns: where the values are in the output of fused projections, `None` for those of values only.
     """
 
-    block_forward_class: ClassVar = BlockForward
-    backbone_forward_class: ClassVar = BackboneForward
-    loss_hook: LossHook | None = None
+    block_forward_class: ClassVar[type[BlockForward]] = BlockForward
+    backbone_forward_class: ClassVar[Callable[..., BackboneForward]] = BackboneForward
 
-    def __init__(self, stack: "Stack", path: FeedbackPath, value_columns: ValueColumns | None = None) -> None:
+    def __init__(
+        self, stack: "Stack", path: FeedbackPath, model: nn.Module, value_columns: ValueColumns | None = None
+    ) -> None:
         self.path = path
         self.value_columns = value_columns
         self.block_forwards = [
@@ -319,14 +325,11 @@ class TwoPasses:
         ]
         self.backbone_forward = self.backbone_forward_class(stack, path, self.block_forwards)
         self.value_hooks: dict[int, ValueHooks] = {}
+        self.loss_hook = LossHook(model, path)
 
     def numbered_modules(self, stack: "Stack") -> Iterable[tuple[int, nn.Module]]:
         """The modules that a pass can skip."""
         return enumerate(stack.blocks)
-
-    def add_loss_hook(self, model: nn.Module) -> None:
-        """Let `model` add the variational loss to the loss it returns."""
-        self.loss_hook = LossHook(model, self.path)
 
     def steer(self, index: int, value_projection: nn.Module) -> None:
         """Let the value projection of a block receive feedback."""
@@ -335,7 +338,8 @@ class TwoPasses:
 
     def remove(self) -> None:
         """Leave the modules as they were."""
-        for part in (self.backbone_forward, *self.block_forwards, *self.value_hooks.values()):
-            part.remove()
-        if self.loss_hook is not None:
-            self.loss_hook.remove()
+        for forward in (self.backbone_forward, *self.block_forwards):
+            forward.remove()
+        for hooks in self.value_hooks.values():
+            hooks.remove()
+        self.loss_hook.remove()

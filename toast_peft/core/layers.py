@@ -8,7 +8,7 @@ Notation used for tensor shapes:
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -112,8 +112,9 @@ class FeatureSelection(TopDownLayer):
             What the feedback path starts from. Shape: [b, n, d]
         """
         transform = self.topdown_transform[adapter_name]
-        features = self._cast_input_dtype(features, transform.weight.dtype)
-        compared = features if compared is None else self._cast_input_dtype(compared, transform.weight.dtype)
+        dtype = weight_of(transform).dtype
+        features = self._cast_input_dtype(features, dtype)
+        compared = features if compared is None else self._cast_input_dtype(compared, dtype)
         mask = self.topdown_prompt[adapter_name](compared)
         if not torch.compiler.is_exporting():  # traced with tensors that hold no numbers
             self.state.current.mask = mask.detach()
@@ -138,6 +139,12 @@ class FeedbackLayer(TopDownLayer):
     )
     other_param_names = ("topdown_dropout", "topdown_scaling")
     parts: ClassVar = {f"{linear}{suffix}": linear for linear in ("linear1", "linear2") for suffix in ("", "_A", "_B")}
+    topdown_linear1: nn.ModuleDict
+    topdown_linear1_A: nn.ModuleDict
+    topdown_linear1_B: nn.ModuleDict
+    topdown_linear2: nn.ModuleDict
+    topdown_linear2_A: nn.ModuleDict
+    topdown_linear2_B: nn.ModuleDict
 
     def __init__(self, value_projection: nn.Module, in_features: int, out_features: int) -> None:
         super().__init__(value_projection)
@@ -161,6 +168,10 @@ class FeedbackLayer(TopDownLayer):
         self.reset_parameters(adapter_name, config.init_weights)
         self._finish_update(adapter_name, config, frozen=("topdown_linear1", "topdown_linear2") if r > 0 else ())
 
+    def has(self, adapter_name: str) -> bool:
+        """Whether an adapter has a part here."""
+        return adapter_name in self.topdown_linear1 or adapter_name in self.topdown_linear1_A
+
     def new_factors(self, r: int) -> dict[str, nn.Module]:
         """A and B of both linear layers for a rank, by the names of their containers."""
         d = self.out_features
@@ -182,7 +193,8 @@ class FeedbackLayer(TopDownLayer):
     def reset_parameters(self, adapter_name: str, init_weights: bool) -> None:
         """Initialise: the exact no-op (`linear1` identity, `linear2` zero), or normal with std 0.02 as officially."""
         if adapter_name in self.topdown_linear1:
-            linear1, linear2 = self.topdown_linear1[adapter_name].weight, self.topdown_linear2[adapter_name].weight
+            linear1 = weight_of(self.topdown_linear1[adapter_name])
+            linear2 = weight_of(self.topdown_linear2[adapter_name])
             if init_weights:
                 self.init_identity(linear1)
                 nn.init.zeros_(linear2)
@@ -246,18 +258,17 @@ class FeedbackLayer(TopDownLayer):
         return self._arrange(self._with_low_rank("topdown_linear1", full(z), z, adapter_name), size)
 
     def _linear2(self, z: torch.Tensor, adapter_name: str) -> torch.Tensor:
-        fixed = self.topdown_linear2[adapter_name](z) if adapter_name in self.topdown_linear2 else None
-        return self._with_low_rank("topdown_linear2", fixed, z, adapter_name)
+        if adapter_name not in self.topdown_linear2:  # zero, so that there is nothing to add to
+            return self._low_rank("topdown_linear2", z, adapter_name)
+        return self._with_low_rank("topdown_linear2", self.topdown_linear2[adapter_name](z), z, adapter_name)
 
-    def _with_low_rank(
-        self, name: str, fixed: torch.Tensor | None, z: torch.Tensor, adapter_name: str
-    ) -> torch.Tensor:
-        """What the fixed matrix computes, zero if there is none, and what the factors of TOAST-Lite add to it."""
-        if adapter_name not in self.topdown_scaling:
-            return fixed
+    def _with_low_rank(self, name: str, fixed: torch.Tensor, z: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        """What a matrix computes, and in TOAST-Lite what the factors add to it."""
+        return fixed + self._low_rank(name, z, adapter_name) if adapter_name in self.topdown_scaling else fixed
+
+    def _low_rank(self, name: str, z: torch.Tensor, adapter_name: str) -> torch.Tensor:
         a, b = getattr(self, f"{name}_A")[adapter_name], getattr(self, f"{name}_B")[adapter_name]
-        added = low_rank(self.topdown_dropout[adapter_name](z), a, b, self.topdown_scaling[adapter_name])
-        return added if fixed is None else fixed + added
+        return low_rank(self.topdown_dropout[adapter_name](z), a, b, self.topdown_scaling[adapter_name])
 
     def _arrange(self, z: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
         """The output of `linear1` in the shape of the block's input, which here it has."""
@@ -295,7 +306,11 @@ class FeedbackPath(nn.Module):
         name = self._layer_name(index, config)
         if name not in self.layers:
             self.layers[name] = self._new_layer(index, value_projection, config)
-        return self.layers[name]
+        return self.layer(name)
+
+    def layer(self, name: str) -> FeedbackLayer:
+        """The feedback layer of this name, which begins with the index of its block."""
+        return cast(FeedbackLayer, self.layers[name])
 
     def _layer_name(self, index: int, config: TopDownConfig) -> str:
         return str(index)
@@ -314,7 +329,7 @@ class FeedbackPath(nn.Module):
 
     def drop_adapter(self, adapter_name: str) -> None:
         """Drop the weights of an adapter, which stays the active one: another of the same name takes its place."""
-        for layer in (self.selection, *self.layers.values()):
+        for layer in (self.selection, *map(self.layer, self.layers)):
             containers = [getattr(layer, name) for name in layer.adapter_layer_names + layer.other_param_names]
             for container in (*containers, layer.frozen_peft_weight_names):
                 if adapter_name in container:
@@ -322,12 +337,7 @@ class FeedbackPath(nn.Module):
 
     def blocks_of(self, adapter_name: str) -> list[int]:
         """Indices of the blocks that receive feedback, from the top down."""
-        has = (
-            int(index)
-            for index, layer in self.layers.items()
-            if adapter_name in layer.topdown_linear1 or adapter_name in layer.topdown_linear1_A
-        )
-        return sorted(has, reverse=True)
+        return sorted((int(name) for name in self.layers if self.layer(name).has(adapter_name)), reverse=True)
 
     def _replicate_for_data_parallel(self) -> None:
         raise NotImplementedError(
@@ -338,7 +348,7 @@ class FeedbackPath(nn.Module):
     def layers_of(self, adapter_name: str) -> Iterator[tuple[int, FeedbackLayer]]:
         """The chain of an adapter, from the top down: indices of blocks with their layers."""
         for index in self.blocks_of(adapter_name):
-            yield index, self.layers[str(index)]
+            yield index, self.layer(str(index))
 
     def forward(
         self,
@@ -370,12 +380,23 @@ class FeedbackPath(nn.Module):
         return self.selection(features, adapter_name, compared)
 
 
+def feedback_path_of(backbone: nn.Module) -> FeedbackPath | None:
+    """The feedback path of a backbone, `None` if it has none."""
+    path = backbone._modules.get("feedback_path")
+    return path if isinstance(path, FeedbackPath) else None
+
+
 def feedback_paths(model: nn.Module) -> Iterator[tuple[nn.Module, FeedbackPath]]:
     """All backbones in the model that have a feedback path, with it."""
     for module in model.modules():
-        path = module._modules.get("feedback_path")
-        if isinstance(path, FeedbackPath):
+        path = feedback_path_of(module)
+        if path is not None:
             yield module, path
+
+
+def weight_of(layer: nn.Module) -> nn.Parameter:
+    """The weight of a layer without bias."""
+    return layer.get_parameter("weight")
 
 
 def to_device_of(module: nn.Module, tensor: torch.Tensor) -> torch.Tensor:

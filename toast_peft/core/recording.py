@@ -3,9 +3,11 @@
 from typing import Any
 
 try:
-    from transformers.utils.output_capturing import _active_collector
+    from transformers.utils import output_capturing
 except ImportError:  # a later version records in another way; the tests look whether pass 1 is recorded
-    _active_collector = None
+    _collector: Any = None
+else:
+    _collector = getattr(output_capturing, "_active_collector", None)
 
 
 class RecordingPaused:
@@ -16,10 +18,10 @@ class RecordingPaused:
     """
 
     def __enter__(self) -> None:
-        self.record = None if _active_collector is None else _active_collector.get()
+        self.record = None if _collector is None else _collector.get()
         if self.record is not None:
-            _active_collector.set(None)
+            _collector.set(None)
 
     def __exit__(self, *error: Any) -> None:
         if self.record is not None:
-            _active_collector.set(self.record)
+            _collector.set(self.record)

@@ -1,7 +1,6 @@
 """What the two passes run over in a model; each family of models makes its own."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -28,7 +27,7 @@ class Stack(ABC):
     """
 
     backbone: nn.Module
-    blocks: Sequence[nn.Module] | nn.ModuleList | nn.Sequential
+    blocks: list[nn.Module] | nn.ModuleList | nn.Sequential
     blocks_name: str
     final_norm: str | None
     normalize_features: bool
@@ -47,21 +46,21 @@ class Stack(ABC):
         """Full names of the modules that get another forward or hooks, and so must stay what they are."""
         return [*self.names, *(f"{self.blocks_name}.{index}" for index in range(len(self.blocks)))]
 
-    def add_feedback_path(self) -> FeedbackPath:
-        """Give the backbone a feedback path, still without adapters, and let it run twice."""
+    def add_feedback_path(self, model: nn.Module) -> FeedbackPath:
+        """Give the backbone, a part of `model`, a feedback path still without adapters, and let it run twice."""
         path = self._new_feedback_path()
-        path.passes = self._new_passes(path)
+        path.passes = self._new_passes(path, model)
         self.backbone.feedback_path = path
         return path
 
     @abstractmethod
     def _new_feedback_path(self) -> FeedbackPath: ...
 
-    def _new_passes(self, path: FeedbackPath) -> TwoPasses:
-        return TwoPasses(self, path)
+    def _new_passes(self, path: FeedbackPath, model: nn.Module) -> TwoPasses:
+        return TwoPasses(self, path, model)
 
 
-def remove_feedback_path(backbone: nn.Module) -> None:
+def remove_feedback_path(backbone: nn.Module, path: FeedbackPath) -> None:
     """Leave the backbone as it was before `add_feedback_path`."""
-    backbone.feedback_path.passes.remove()
+    path.passes.remove()
     del backbone.feedback_path

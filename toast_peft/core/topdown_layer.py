@@ -34,6 +34,8 @@ class TopDownLayer(nn.Module, BaseTunerLayer):
     cast_input_dtype_enabled = True
     # Container name without prefix -> the entry of `trainable_parts` it belongs to.
     parts: ClassVar[dict[str, str]] = {}
+    value_projection: nn.Module
+    frozen_peft_weight_names: dict[str, tuple[str, ...]]
 
     def __init__(self, value_projection: nn.Module) -> None:
         super().__init__()
@@ -42,16 +44,17 @@ class TopDownLayer(nn.Module, BaseTunerLayer):
         self.frozen_peft_weight_names = {}
         self.merged_adapters = []
         # Not a method: PEFT takes a method for mergeable if its layers have one.
-        self.merge = _merge_nothing
+        self.__dict__["merge"] = _merge_nothing
 
     def get_base_layer(self) -> nn.Module:
         """The value projection without any wrapper of another method; PEFT takes device and dtype from it."""
         layer = self.value_projection
-        return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+        base: nn.Module = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+        return base
 
     def _finish_update(self, adapter_name: str, config: TopDownConfig, frozen: tuple[str, ...] = ()) -> None:
         parts = {f"topdown_{name}": part for name, part in self.parts.items()}
-        untrained = {name for name, part in parts.items() if part not in config.trainable_parts}
+        untrained = {name for name, part in parts.items() if part not in (config.trainable_parts or ())}
         self.frozen_peft_weight_names[adapter_name] = tuple(sorted(untrained | set(frozen)))
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)

@@ -9,7 +9,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils.hooks import RemovableHandle
 
 from .feedback import steer
-from .run import ThreadState
+from .run import Run, ThreadState
 
 
 class ValueColumns(NamedTuple):
@@ -74,35 +74,37 @@ class ValueHooks:
 
     def add_feedback(self, module: nn.Module, args: tuple) -> tuple | None:
         """The projection's arguments with the feedback added to the first one."""
-        if self._td() is None:
+        run = self._run_with_feedback()
+        if run is None:
             return None
         hidden_states, *others = args
-        return (self._steered(hidden_states), *others)
+        return (self._steered(run, hidden_states), *others)
 
     def replace_values(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
         """The output of a fused projection with the values of `h + td`."""
-        if self._td() is None:
+        run = self._run_with_feedback()
+        if run is None or self.columns is None:
             return None
         hidden_states, *others = args
-        steered = self._without_feedback(module, self._steered(hidden_states), *others)
-        if self.state.current.run.double_bias:
+        steered = self._without_feedback(module, self._steered(run, hidden_states), *others)
+        if run.double_bias:
             steered = steered + self._bias(module, hidden_states)
         return self.columns.replace(output, steered)
 
     def add_bias_again(self, module: nn.Module, args: tuple, value: torch.Tensor) -> torch.Tensor | None:
         """Official ViT: `v = W h + b + W td + b`."""
-        if self._td() is None or not self.state.current.run.double_bias:
-            return None
-        return value + self._bias(module, args[0])
+        run = self._run_with_feedback()
+        return value + self._bias(module, args[0]) if run is not None and run.double_bias else None
 
-    def _td(self) -> torch.Tensor | None:
+    def _run_with_feedback(self) -> Run | None:
+        """The running forward, if it has feedback for this block."""
         run = self.state.current.run
-        return None if run is None else run.feedback.get(self.index)
+        return run if run is not None and self.index in run.feedback else None
 
-    def _steered(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        td, run = self._td(), self.state.current.run
+    def _steered(self, run: Run, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.index not in run.steered:
             run.steered.append(self.index)
+        td = run.feedback[self.index]
         td = td if self.arrange is None else self.arrange(td, hidden_states)
         if td.shape != hidden_states.shape:  # they might still be broadcast
             raise ValueError(
@@ -147,15 +149,15 @@ def _stay_in_place(parent: nn.Module, name: str, module: nn.Module | None) -> No
 register_module_module_registration_hook(_stay_in_place)
 
 
-def input_size(value_projection: nn.Module) -> int | None:
-    """Number of channels a linear layer takes, `None` if the module is no linear layer.
+def input_size(value_projection: nn.Module) -> int:
+    """Number of channels a linear layer takes, 0 if the module is no linear layer.
 
     Not read from its weight: quantised weights are packed and those of sharded models are empty.
     """
     # `nx` is that of GPT-2's Conv1D, which is a linear layer.
-    return getattr(value_projection, "in_features", getattr(value_projection, "nx", None))
+    return getattr(value_projection, "in_features", getattr(value_projection, "nx", 0))
 
 
 def output_size(value_projection: nn.Module) -> int:
     """Number of channels a linear layer gives."""
-    return getattr(value_projection, "out_features", getattr(value_projection, "nf", None))
+    return getattr(value_projection, "out_features", getattr(value_projection, "nf", 0))

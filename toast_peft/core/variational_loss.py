@@ -35,7 +35,7 @@ class Reconstruction:
 
     def add(self, index: int, hidden_states: torch.Tensor, output: Any) -> None:
         """Compare the input of a block, computed from its output, with what it was; once in a forward."""
-        layer = self.path.layers[str(index)]
+        layer = self.path.layer(str(index))
         if index in self.errors:
             return
         hidden_states, output = (to_device_of(layer, x.detach()) for x in (hidden_states, hidden_states_of(output)))
@@ -52,8 +52,14 @@ class Reconstruction:
         errors = list(self.errors.values())
         if not errors:
             return before
-        loss = config.variational_weight * sum(error.to(errors[0].device) for error in errors)
+        loss = config.variational_weight * total(errors)
         return loss if before is None else before.to(loss.device) + loss
+
+
+def total(losses: list[torch.Tensor]) -> torch.Tensor:
+    """The sum of one or more losses, on the device of the first."""
+    first, *others = losses
+    return sum((loss.to(first.device) for loss in others), start=first)
 
 
 def padding_to_leave_out(config: TopDownConfig, kwargs: dict[str, Any]) -> torch.Tensor | None:
@@ -91,13 +97,15 @@ class LossHook:
 
     def add_to_loss(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """The output with the variational loss in its loss, if it has one."""
-        if self.state.current.variational_loss is None:
+        added = self.state.current.variational_loss
+        if added is None:
             return None
         is_tuple = isinstance(output, tuple)
         loss = output[0] if is_tuple else getattr(output, "loss", None)
         if not isinstance(loss, torch.Tensor) or loss.dim() > 0:  # a tuple without a loss begins with something else
             return None
-        loss = loss + _share_of_batch(model, kwargs) * self.take().to(loss.device)
+        loss = loss + _share_of_batch(model, kwargs) * added.to(loss.device)
+        self.take()
         if is_tuple:
             return (loss, *output[1:])
         output.loss = loss
@@ -120,7 +128,7 @@ def last_variational_loss(model: nn.Module) -> torch.Tensor | None:
     """The last variational loss that became a part of a loss, times its weight, without gradient; to be logged."""
     losses = [path.passes.loss_hook.last for _, path in feedback_paths(model)]
     found = [loss for loss in losses if loss is not None]
-    return sum(loss.to(found[0].device) for loss in found) if found else None
+    return total(found) if found else None
 
 
 def _share_of_batch(model: nn.Module, kwargs: dict[str, Any]) -> torch.Tensor | float:
@@ -132,7 +140,7 @@ def _share_of_batch(model: nn.Module, kwargs: dict[str, Any]) -> torch.Tensor | 
     num_items, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
     if num_items is None or labels is None:
         return 1.0
-    shifts = LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss
+    shifts = LOSS_MAPPING.get(getattr(model, "loss_type", "")) is ForCausalLMLoss
     if shifts and not getattr(model.config, "is_encoder_decoder", False):
         labels = labels[..., 1:]
     return labels.ne(-100).sum() / num_items

@@ -28,7 +28,7 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -43,7 +43,7 @@ from ..core.forwards import BackboneForward, BlockForward, TwoPasses
 from ..core.layers import FeedbackLayer, FeedbackPath
 from ..core.run import Run
 from ..core.stack import Stack
-from .lookup import find_submodule, join_names, model_type_of
+from .lookup import blocks_at, find_submodule, join_names, model_type_of
 
 _STEM = -1  # its index; the stages count from 0
 
@@ -128,8 +128,8 @@ class ConvNetStack(Stack):
     def _new_feedback_path(self) -> FeedbackPath:
         return ConvNetFeedbackPath(self.shapes)
 
-    def _new_passes(self, path: FeedbackPath) -> TwoPasses:
-        return TwoPassesOverStages(self, path)
+    def _new_passes(self, path: FeedbackPath, model: nn.Module) -> TwoPasses:
+        return TwoPassesOverStages(self, path, model)
 
 
 def make_convnet_stack(
@@ -141,7 +141,7 @@ def make_convnet_stack(
         ValueError: if `config` does not fit.
     """
     backbone = model.get_submodule(backbone_name)
-    stages, stem = backbone.get_submodule(architecture.stages), backbone.get_submodule(architecture.stem)
+    stages, stem = blocks_at(backbone, architecture.stages), backbone.get_submodule(architecture.stem)
     stages_name, stem_name = (
         join_names(backbone_name, architecture.stages),
         join_names(backbone_name, architecture.stem),
@@ -180,7 +180,7 @@ def _check_config(config: TopDownConfig) -> None:
 
 def _final_norm(backbone: nn.Module, architecture: ConvNetArchitecture, config: TopDownConfig) -> str | None:
     """The path of the final norm, after which the features are compared with the prompt."""
-    num_stages = len(backbone.get_submodule(architecture.stages))
+    num_stages = len(blocks_at(backbone, architecture.stages))
     first, _ = config.feedback_range(num_stages)
     if config.normalize_features and first < num_stages:
         raise ValueError(
@@ -211,7 +211,7 @@ def _shape(stage: nn.Module, stem: nn.Module | None) -> StageShape:
     )
 
 
-def _convolutions_and_poolings(module: nn.Module) -> Iterator[nn.Module]:
+def _convolutions_and_poolings(module: nn.Module) -> Iterator[nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d]:
     """In the order of the module's definition, without what other methods have added."""
     if isinstance(module, BaseTunerLayer):
         module = module.get_base_layer()
@@ -223,7 +223,7 @@ def _convolutions_and_poolings(module: nn.Module) -> Iterator[nn.Module]:
         yield from _convolutions_and_poolings(child)
 
 
-def _stride(layer: nn.Module) -> int:
+def _stride(layer: nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d) -> int:
     return max(layer.stride) if isinstance(layer.stride, tuple) else layer.stride
 
 
@@ -314,13 +314,14 @@ class StageForward(BlockForward):
         return self.stage < run.feedback_to and not run.repeat_lower_blocks
 
     def _first_pass(self, run: Run, hidden_states: torch.Tensor) -> torch.Tensor:
-        shape = self.path.shapes[self.stage]
+        shape = cast(ConvNetFeedbackPath, self.path).shapes[self.stage]
         if self.is_skipped(run):
             # The layers that follow expect the stage's channels; what they make of them is not used.
             return hidden_states.new_zeros(len(hidden_states), shape.out_channels, 1, 1)
         if self.receives_feedback:
             self._check_channels(hidden_states, shape.in_channels)
-            run.input_sizes[self.stage] = tuple(hidden_states.shape[-2:])
+            height, width = hidden_states.shape[-2:]
+            run.input_sizes[self.stage] = height, width
         runs_again = self.stage >= run.feedback_to or run.repeat_lower_blocks
         with running_statistics_kept(self.module) if runs_again else nullcontext():
             output = self.original(hidden_states)
@@ -367,7 +368,7 @@ class ConvNetBackboneForward(BackboneForward):
         """The features, and after the final norm those that the prompt is compared with. Shapes: [b, h, w, c]"""
         # Contiguous, or torch chooses the kernel of the transform by what requires a gradient.
         features = run.last_output.movedim(1, -1).contiguous()
-        return features, self.final_norm(features) if self._normalizes(run, config) else None
+        return features, self._after_final_norm(features) if self._normalizes(run, config) else None
 
     def _normalizes(self, run: Run, config: TopDownConfig) -> bool:
         # The final norm has the channels of the last stage.
@@ -389,9 +390,9 @@ class TwoPassesOverStages(TwoPasses):
     block_forward_class = StageForward
     backbone_forward_class = ConvNetBackboneForward
 
-    def numbered_modules(self, stack: ConvNetStack) -> Iterable[tuple[int, nn.Module]]:
+    def numbered_modules(self, stack: Stack) -> Iterable[tuple[int, nn.Module]]:
         """The modules that a pass can skip, the stem with them."""
-        return [(_STEM, stack.stem), *enumerate(stack.blocks)]
+        return [(_STEM, cast(ConvNetStack, stack).stem), *enumerate(stack.blocks)]
 
     def steer(self, index: int, value_projection: nn.Module) -> None:
         """Nothing: the stages add the feedback themselves."""

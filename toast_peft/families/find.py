@@ -1,19 +1,24 @@
 """Finds what the two passes run over in a model, by the family that it is of."""
 
+from collections.abc import Callable, Mapping, Sequence
+
 from torch import nn
 
 from ..config import TopDownConfig
 from ..core.stack import Stack
 from .convnets import CONVNETS, make_convnet_stack
 from .hierarchies import HIERARCHIES, make_hierarchical_stack
-from .lookup import known_backbones, model_type_of
+from .lookup import Row, known_backbones, model_type_of
 from .model_types import ARCHITECTURES
 from .transformers import find_transformer_stacks
 
-_WITH_STAGES = ((CONVNETS, make_convnet_stack), (HIERARCHIES, make_hierarchical_stack))
+_WITH_STAGES: tuple[tuple[Mapping[str, Row], Callable[..., Stack]], ...] = (
+    (CONVNETS, make_convnet_stack),
+    (HIERARCHIES, make_hierarchical_stack),
+)
 
 
-def find_stacks(model: nn.Module, config: TopDownConfig) -> list[Stack]:
+def find_stacks(model: nn.Module, config: TopDownConfig) -> Sequence[Stack]:
     """Find what the two passes run over. Touches nothing.
 
     Args:

@@ -27,7 +27,7 @@ from ..core.layers import FeedbackLayer, FeedbackPath
 from ..core.run import Run
 from ..core.stack import Stack
 from ..core.value_projection import ValueHooks, input_size
-from .lookup import join_names, model_type_of
+from .lookup import blocks_at, join_names, model_type_of
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,8 @@ class HierarchicalStack(Stack):
     def _new_feedback_path(self) -> FeedbackPath:
         return HierarchicalFeedbackPath(self)
 
-    def _new_passes(self, path: FeedbackPath) -> TwoPasses:
-        return TwoPassesOverHierarchy(self, path)
+    def _new_passes(self, path: FeedbackPath, model: nn.Module) -> TwoPasses:
+        return TwoPassesOverHierarchy(self, path, model)
 
 
 def make_hierarchical_stack(
@@ -114,11 +114,11 @@ def make_hierarchical_stack(
         ValueError: if `config` does not fit.
     """
     backbone = model.get_submodule(backbone_name)
-    stage_names = [f"{architecture.stages}.{i}" for i in range(len(backbone.get_submodule(architecture.stages)))]
+    stage_names = [f"{architecture.stages}.{i}" for i in range(len(blocks_at(backbone, architecture.stages)))]
     blocks = {
         f"{stage_name}.{architecture.blocks}.{index}": stage
         for stage, stage_name in enumerate(stage_names)
-        for index in range(len(backbone.get_submodule(f"{stage_name}.{architecture.blocks}")))
+        for index in range(len(blocks_at(backbone, f"{stage_name}.{architecture.blocks}")))
     }
     block_names = [join_names(backbone_name, name) for name in blocks]
     projections = [model.get_submodule(f"{name}.{architecture.value_projection}") for name in block_names]
@@ -250,10 +250,10 @@ class HierarchicalFeedbackPath(FeedbackPath):
         config = self.selection.topdown_config[adapter_name]
         first, last = config.feedback_range(len(self.stages))
         for index in range(first - 1, last - 1, -1):
-            yield index, self.layers[self._layer_name(index, config)]
+            yield index, self.layer(self._layer_name(index, config))
 
 
-def in_windows(block: nn.Module, td: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+def in_windows(block: Any, td: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
     """Cut feedback into windows as `SwinLayer.forward` cuts the hidden states, shifted in every second block.
 
     Args:
@@ -273,7 +273,7 @@ def in_windows(block: nn.Module, td: torch.Tensor, hidden_states: torch.Tensor) 
     return windows.flatten(3, 4).flatten(0, 2)
 
 
-def shrunk(block: nn.Module, td: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+def shrunk(block: Any, td: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
     """Average feedback over the patches that SegFormer and PVT make one key and value of.
 
     Args:
@@ -335,6 +335,7 @@ class HierarchicalBackboneForward(BackboneForward):
 
     def __init__(self, stack: HierarchicalStack, path: FeedbackPath, block_forwards: list[BlockForward]) -> None:
         super().__init__(stack, path, block_forwards)
+        self.stage_of_blocks = stack.stages
         # Each stage with its blocks.
         self.stages = [
             (stack.backbone.get_submodule(name), [b for b in block_forwards if stack.stages[b.index] == number])
@@ -353,7 +354,7 @@ class HierarchicalBackboneForward(BackboneForward):
 
     def _normalizes(self, run: Run, config: TopDownConfig) -> bool:
         # The final norm has the channels of the last stage.
-        in_last_stage = self.path.stages[run.feedback_from - 1] == self.path.stages[-1]
+        in_last_stage = self.stage_of_blocks[run.feedback_from - 1] == self.stage_of_blocks[-1]
         return in_last_stage and super()._normalizes(run, config)
 
     def remove(self) -> None:
@@ -373,8 +374,8 @@ class TwoPassesOverHierarchy(TwoPasses):
     block_forward_class = HierarchicalBlockForward
     backbone_forward_class = HierarchicalBackboneForward
 
-    def __init__(self, stack: HierarchicalStack, path: FeedbackPath) -> None:
-        super().__init__(stack, path)
+    def __init__(self, stack: HierarchicalStack, path: FeedbackPath, model: nn.Module) -> None:
+        super().__init__(stack, path, model)
         self.arrangement = ARRANGEMENTS[stack.arrangement]
 
     def steer(self, index: int, value_projection: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """Looks around in a model: what it is, and which of its modules are of a model type that is in a table."""
 
 from collections.abc import Mapping
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, cast
 
 from torch import nn
 
@@ -38,6 +38,11 @@ def find_submodule(module: nn.Module, path: str) -> nn.Module | None:
         return module.get_submodule(path)
     except AttributeError:
         return None
+
+
+def blocks_at(module: nn.Module, path: str) -> nn.ModuleList | nn.Sequential:
+    """The list of blocks, or of stages, at a path."""
+    return cast(nn.ModuleList, module.get_submodule(path))
 
 
 def join_names(*names: str) -> str:

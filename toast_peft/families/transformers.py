@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass, replace
+from typing import Any
 
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
@@ -11,7 +12,7 @@ from ..core.forwards import TwoPasses
 from ..core.layers import FeedbackPath
 from ..core.stack import Stack
 from ..core.value_projection import ValueColumns, input_size, output_size
-from .lookup import find_submodule, join_names, known_backbones, model_type_of
+from .lookup import blocks_at, find_submodule, join_names, known_backbones, model_type_of
 from .model_types import ARCHITECTURES, UNSUITABLE, Architecture
 
 # The last part of the name of projections that compute more than values. Adding the feedback to their input would
@@ -48,8 +49,8 @@ class TransformerStack(Stack):
     def _new_feedback_path(self) -> FeedbackPath:
         return FeedbackPath(self.value_projections[max(self.value_projections)])
 
-    def _new_passes(self, path: FeedbackPath) -> TwoPasses:
-        return TwoPasses(self, path, self.value_columns)
+    def _new_passes(self, path: FeedbackPath, model: nn.Module) -> TwoPasses:
+        return TwoPasses(self, path, model, self.value_columns)
 
 
 def find_transformer_stacks(model: nn.Module, config: TopDownConfig) -> list[TransformerStack]:
@@ -107,7 +108,7 @@ def _stacks_by_model_type(model: nn.Module, known: dict[str, Architecture]) -> l
     stacks = []
     for backbone_name, architecture in known.items():
         prefix = join_names(backbone_name, architecture.blocks)
-        indices = range(len(model.get_submodule(prefix)))
+        indices = range(len(blocks_at(model, prefix)))
         names = {join_names(prefix, str(index), architecture.value_projection): index for index in indices}
         _check_value_projections_are_there(model, names)
         stacks.append(_make_stack(model, backbone_name, prefix, architecture, names))
@@ -120,7 +121,8 @@ def _is_encoder_decoder(model: nn.Module) -> bool:
 
 def _language_model_only(model: nn.Module, known: dict[str, Architecture]) -> dict[str, Architecture]:
     """The stack that transformers calls the decoder of a vision-language model; all if there is none."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    get_decoder = getattr(model, "get_decoder", None)
+    decoder = None if get_decoder is None else get_decoder()
     found = {name: row for name, row in known.items() if model.get_submodule(name) is decoder}
     return found or known
 
@@ -142,8 +144,9 @@ def _stacks_by_target_modules(
     pattern = replace(config, layers_to_transform=None, exclude_modules=None)
     matched = [name for name, _ in model.named_modules() if name and check_target_module_exists(pattern, name)]
     matched = [name for name in matched if not _inside_another(name, matched)]
-    lists = {name: _list_of_blocks(model, name) for name in matched}
-    outside = [name for name, blocks in lists.items() if blocks is None]
+    found = {name: _list_of_blocks(model, name) for name in matched}
+    lists = {name: blocks for name, blocks in found.items() if blocks is not None}
+    outside = [name for name in matched if name not in lists]
     if not matched or outside or (len(set(lists.values())) > 1 and not _is_encoder_decoder(model)):
         raise ValueError(
             f"`target_modules={config.target_modules!r}` matches {_some(matched)} in {type(model).__name__}; expected "
@@ -188,7 +191,7 @@ def _list_of_blocks(model: nn.Module, name: str) -> str | None:
 
 
 def _check_list_of_blocks(model: nn.Module, blocks_name: str) -> None:
-    if any(isinstance(block, nn.ModuleList) for block in model.get_submodule(blocks_name)):
+    if any(isinstance(block, nn.ModuleList) for block in blocks_at(model, blocks_name)):
         raise ValueError(
             f"TOAST does not support {type(model).__name__}: {blocks_name} is a list of lists, one for each stage; "
             "expected a list of blocks."
@@ -228,9 +231,10 @@ def _check_what_they_compute(
 ) -> None:
     """Refuse what does not compute values, by what is known of the model type or else by its name."""
     for name, index in names.items():
-        known = architecture and f"{blocks_name}.{index}.{architecture.value_projection}"
-        if known and find_submodule(model, known) is not None:  # its blocks are those of the model type
-            computes_values, expected = name == known, f"{architecture.value_projection!r} of each block"
+        projection = "" if architecture is None else architecture.value_projection
+        known = f"{blocks_name}.{index}.{projection}"
+        if projection and find_submodule(model, known) is not None:  # its blocks are those of the model type
+            computes_values, expected = name == known, f"{projection!r} of each block"
         else:
             computes_values = name.rpartition(".")[2] not in _NO_VALUE_PROJECTIONS
             expected = "the layer of each block that computes the values of its attention, for example ['v_proj']"
@@ -255,7 +259,7 @@ def _check_that_it_can_run_twice(model: nn.Module, stack: TransformerStack) -> N
     hidden_size = getattr(getattr(stack.backbone, "config", None), "hidden_size", None)
     for index, projection in stack.value_projections.items():
         width = input_size(projection)
-        if isinstance(hidden_size, int) and width not in (None, hidden_size):
+        if isinstance(hidden_size, int) and width not in (0, hidden_size):
             raise ValueError(
                 f"TOAST does not support {type(model).__name__}: the value projection of block {index} takes {width} "
                 f"channels and not the {hidden_size} of the hidden states, so they are not what it projects."
@@ -272,7 +276,7 @@ def _make_stack(
     backbone = model.get_submodule(backbone_name)
     return TransformerStack(
         backbone=backbone,
-        blocks=model.get_submodule(blocks_name),
+        blocks=blocks_at(model, blocks_name),
         blocks_name=blocks_name,
         final_norm=architecture.final_norm if architecture else None,
         normalize_features=architecture is not None and architecture.normalize_features,
@@ -294,7 +298,7 @@ def _value_columns(
     """Where the values are in a fused projection, whose other columns are queries and keys."""
     if architecture is None or architecture.fused is None:
         return None
-    config = backbone.config
+    config: Any = backbone.config
     query_heads = getattr(config, "num_attention_heads", None) or config.num_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // query_heads
     key_value_heads = (output_size(projection) // head_size - query_heads) // 2
@@ -328,7 +332,7 @@ def _select_blocks(stack: TransformerStack, config: TopDownConfig) -> Transforme
         )
     projections = {index: stack.value_projections[index] for index in sorted(names.values())}
     for name, index in names.items():
-        if input_size(projections[index]) is None:
+        if input_size(projections[index]) == 0:
             raise ValueError(f"{name} is a {type(projections[index]).__name__}; expected a linear layer.")
     return replace(stack, names=names, value_projections=projections, excluded=excluded)
 
