@@ -123,7 +123,7 @@ def test_lite_starts_its_chain_as_full_does(model_class: type, variant: str) -> 
     for rank in (0, 2):
         torch.manual_seed(0)
         model = adapted(tiny_model(model_class), r=rank, **options)
-        turn_prompts(model, inputs_of(model))
+        turn_prompts(model)
         path, found = path_of(model), []
         for layer in path.layers.values():
             layer.register_forward_hook(lambda layer, args, output, found=found: found.append(output[0]))

@@ -175,7 +175,7 @@ def test_hidden_states_of_pass_2_only_are_recorded(model_type: str) -> None:
     assert len(found.hidden_states) == len(expected.hidden_states)
     assert all(map(torch.equal, found.hidden_states, expected.hidden_states))
     assert torch.equal(found[0], expected[0])
-    turn_prompts(model, inputs)
+    turn_prompts(model, inputs=inputs)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.add_(0.2 * torch.randn_like(parameter) if "topdown_linear2" in name else 0)
