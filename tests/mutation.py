@@ -30,7 +30,7 @@ from .mutants import MUTANTS, Mutant
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "toast_peft"
-SECONDS = 180  # for the tests of one mutant
+SECONDS = 300  # for the tests of one mutant
 
 
 def place_of(mutant: Mutant, root: Path = ROOT) -> Path | None:

@@ -114,6 +114,21 @@ def test_chain_of_the_formulas(variant: str) -> None:
         torch.testing.assert_close(seen["td"][index], td, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("feedback_from", [None, 3, 2])
+def test_features_are_after_the_final_norm_where_its_channels_fit(feedback_from: int | None) -> None:
+    """That is, from any block of the last stage."""
+    model = steered(tiny_model(tf.SwinForImageClassification), feedback_from=feedback_from)
+    layer = [module for module in model.modules() if type(module).__name__ == "SwinLayer"][(feedback_from or 4) - 1]
+    features, outputs = [], []
+    path_of(model).register_forward_pre_hook(lambda path, args: features.append(args[0]))
+    layer.register_forward_hook(lambda layer, args, output: outputs.append(output))
+    output_of(model)
+    expected = outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]
+    if feedback_from != 2:
+        expected = model.get_base_model().swin.layernorm(expected)
+    torch.testing.assert_close(features[0], expected)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("model_class", HIERARCHIES)
 def test_lite_starts_its_chain_as_full_does(model_class: type, variant: str) -> None:

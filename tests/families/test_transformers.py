@@ -67,6 +67,24 @@ def test_fused_projections_change_the_values_only(
     assert not torch.allclose(plain[2], with_td[2], atol=1e-2)
 
 
+@pytest.mark.parametrize("model_class", [tf.GPT2LMHeadModel, tf.GPTNeoXForCausalLM])
+def test_double_bias_of_a_fused_projection_is_that_of_the_values(model_class: type) -> None:
+    """`v = W h + b + W td + b`; queries and keys have their bias once."""
+    outputs = []
+    for double in (False, True):
+        model = steered(tiny_model(model_class), double_value_bias=double)
+        [path] = paths_of(model)
+        projection, found = path.layers["0"].value_projection, []
+        projection.register_forward_hook(lambda module, args, output, found=found: found.append(output))
+        output_of(model)
+        outputs.append(found[-1])
+    plain = outputs[0]
+    parts = 4 if model_class is tf.GPTNeoXForCausalLM else 1  # heads, each with queries, keys and values
+    bias = projection.bias.unflatten(0, (parts, 3, -1)).clone()
+    bias[:, :2] = 0
+    torch.testing.assert_close(outputs[1], plain + bias.flatten())
+
+
 def is_attention_of(module: nn.Module, value_projection: nn.Module) -> bool:
     return any(child is value_projection for child in module.children())
 

@@ -18,14 +18,22 @@ ROOT = Path(__file__).parents[2]
 EXAMPLE_CONFIGS = sorted((ROOT / "examples" / "accelerate_configs").glob("*.yaml"))
 
 
-@pytest.fixture(scope="module", params=["ddp", "fully_shard", "accelerate-fsdp2"])
-def trained_by_two(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with what two processes saved; all scenarios in one run, as importing everything twice takes longest."""
-    folder = tmp_path_factory.mktemp(request.param)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fully_shard", "accelerate-fsdp2"])
+def test_two_processes_train_as_one(kind: str, tmp_path: Path) -> None:
+    """All scenarios in one run of two processes, as importing everything twice takes longest."""
+    train_with_two_processes(kind, tmp_path)
+    for model_class in VIT_AND_LLAMA:
+        for scenario in SCENARIOS:
+            folder = tmp_path / model_class.__name__ / scenario
+            assert_trained_as_by_one_process(model_class, scenario, folder)
+
+
+def train_with_two_processes(kind: str, folder: Path) -> None:
     # --multi_gpu means several processes, here on CPU (--cpu would need MPI for them); port 0 is any free one.
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
     command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
-    command += ["--module", "tests.features.distributed_worker", request.param, str(folder)]
+    command += ["--module", "tests.features.distributed_worker", kind, str(folder)]
     run = subprocess.run(
         command,
         cwd=ROOT,
@@ -36,24 +44,19 @@ def trained_by_two(request: pytest.FixtureRequest, tmp_path_factory: pytest.Temp
         timeout=240,
     )
     assert run.returncode == 0, run.stdout[-6000:]
-    return folder
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("scenario", SCENARIOS)
-@pytest.mark.parametrize("model_class", VIT_AND_LLAMA)
-def test_two_processes_train_as_one(trained_by_two: Path, model_class: type, scenario: str) -> None:
+def assert_trained_as_by_one_process(model_class: type, scenario: str, folder: Path) -> None:
     model = scenario_model(model_class, scenario)
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     train(model, optimizer_of(model), scenario_inputs(model))
-    folder = trained_by_two / model_class.__name__ / scenario
     base = tiny_model(model_class, tie_word_embeddings=False)
     loaded = PeftModel.from_pretrained(base, folder, is_trainable=True).eval()
     assert before.keys() == {name for name, p in loaded.named_parameters() if p.requires_grad}
     for name, start in before.items():
-        expected = model.get_parameter(name)
-        assert not torch.equal(expected, start), name
-        torch.testing.assert_close(loaded.get_parameter(name), expected, rtol=0, atol=1e-6, msg=name)
+        expected, where = model.get_parameter(name), f"{folder.parent.name}, {scenario}: {name}"
+        assert not torch.equal(expected, start), where
+        torch.testing.assert_close(loaded.get_parameter(name), expected, rtol=0, atol=1e-6, msg=where)
     # What the two processes computed with these weights, not only what they saved.
     output = torch.load(folder / "output.pt", weights_only=True)
     torch.testing.assert_close(output_of(loaded, inputs_of(loaded, BATCH_SIZE)), output, rtol=0, atol=1e-6)

@@ -10,7 +10,7 @@ from torch import nn
 
 from toast_peft.dropout import has_dropout
 
-from ..helpers import adapted, blocks_of, gradients, loss_of, paths_of, steered
+from ..helpers import adapted, blocks_of, gradients, loss_of, output_of, paths_of, steered
 from ..zoo import VARIANTS, inputs_of, tiny_model
 
 _OF_BERT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
@@ -114,3 +114,23 @@ def test_modules_are_in_training_mode_again_after_an_error() -> None:
 def test_dropout_of_the_factors_alone_is_none_of_the_passes() -> None:
     model = adapted(tiny_model(tf.LlamaModel).train(), r=2, lora_dropout=0.5)
     assert not has_dropout(model.get_base_model())
+
+
+def test_dropout_of_the_factors_drops_in_training_only() -> None:
+    model = steered(tiny_model(tf.LlamaModel), r=2, lora_dropout=0.5)
+    assert torch.equal(seeded_output(model, 0), seeded_output(model, 1))
+    model.train()
+    assert not torch.allclose(seeded_output(model, 0), seeded_output(model, 1), atol=1e-3)
+
+
+def test_batch_norms_use_the_batch_also_in_a_first_pass_without_dropout() -> None:
+    """And the features are those of the same model whose dropout has the rate 0."""
+    features: list[torch.Tensor] = []
+    for rate in (0.5, 0.0):
+        base = tiny_model(tf.ResNetForImageClassification)
+        base.resnet.encoder.stages[1].layers[0].activation = nn.Sequential(nn.ReLU(), nn.Dropout(rate))
+        model = adapted(base.train())
+        [path] = paths_of(model)
+        path.register_forward_pre_hook(lambda path, args: features.append(args[0]))
+        output_of(model, inputs_of(base))
+    torch.testing.assert_close(features[0], features[1])
