@@ -116,6 +116,7 @@ _QWEN3_VL = _QWEN_TOKENS | {
 }
 
 _STAGES = {"hidden_sizes": [8, 12, 12, 20], "depths": [1, 1, 2, 1], "num_labels": 5}
+_CONVNEXT = _STAGES | {"image_size": 64}
 _RESNET = _STAGES | {"embedding_size": 6}
 _REGNET = _RESNET | {"groups_width": 4}
 _OUT = {"out_features": ["stage2", "stage4"]}
@@ -208,8 +209,8 @@ OTHERS: dict[type, Row] = {
     tf.Qwen3VLForConditionalGeneration: Row(tf.Qwen3VLConfig, _QWEN3_VL),
 }
 CONVNETS: dict[type, Row] = {
-    tf.ConvNextForImageClassification: Row(tf.ConvNextConfig, _STAGES),
-    tf.ConvNextV2ForImageClassification: Row(tf.ConvNextV2Config, _STAGES),
+    tf.ConvNextForImageClassification: Row(tf.ConvNextConfig, _CONVNEXT),
+    tf.ConvNextV2ForImageClassification: Row(tf.ConvNextV2Config, _CONVNEXT),
     tf.ResNetForImageClassification: Row(tf.ResNetConfig, _RESNET),
     tf.RegNetForImageClassification: Row(tf.RegNetConfig, _REGNET),
 }
@@ -244,9 +245,9 @@ HEADS: dict[type, Row] = {
     tf.Qwen3ForTokenClassification: Row(tf.Qwen3Config, _LLAMA),
     tf.Gemma3TextModel: Row(tf.Gemma3TextConfig, _GEMMA3),
     tf.Gemma3TextForSequenceClassification: Row(tf.Gemma3TextConfig, _GEMMA3),
-    tf.ConvNextModel: Row(tf.ConvNextConfig, _STAGES),
-    tf.ConvNextBackbone: Row(tf.ConvNextConfig, _STAGES | _OUT, {"normalize_features": False}),
-    tf.ConvNextV2Backbone: Row(tf.ConvNextV2Config, _STAGES | _OUT, {"normalize_features": False}),
+    tf.ConvNextModel: Row(tf.ConvNextConfig, _CONVNEXT),
+    tf.ConvNextBackbone: Row(tf.ConvNextConfig, _CONVNEXT | _OUT, {"normalize_features": False}),
+    tf.ConvNextV2Backbone: Row(tf.ConvNextV2Config, _CONVNEXT | _OUT, {"normalize_features": False}),
     tf.ResNetModel: Row(tf.ResNetConfig, _RESNET | {"layer_type": "basic", "downsample_in_first_stage": True}),
     tf.ResNetBackbone: Row(tf.ResNetConfig, _RESNET | _OUT),
     tf.RegNetModel: Row(tf.RegNetConfig, _REGNET | {"layer_type": "x"}),
