@@ -14,7 +14,10 @@ logging.set_verbosity_error()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--damaged-adapters", type=int, default=300, help="how many of them tests/test_damaged_adapters.py tries"
+        "--damaged-adapters",
+        type=int,
+        default=300,
+        help="how many tests/features/test_damaged_adapters.py tries",
     )
 
 

@@ -1,0 +1,76 @@
+"""Two processes on CPU train to the same adapter as one, and save one ordinary adapter."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.commands.config.config_args import ClusterConfig
+from peft import PeftModel
+
+from ..helpers import output_of
+from ..zoo import VIT_AND_LLAMA, inputs_of, tiny_model
+from .distributed_worker import BATCH_SIZE, SCENARIOS, optimizer_of, scenario_inputs, scenario_model, train
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE_CONFIGS = sorted((ROOT / "examples" / "accelerate_configs").glob("*.yaml"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fully_shard", "accelerate-fsdp2"])
+def test_two_processes_train_as_one(kind: str, tmp_path: Path) -> None:
+    """All scenarios in one run of two processes, as importing everything twice takes longest."""
+    train_with_two_processes(kind, tmp_path)
+    for model_class in VIT_AND_LLAMA:
+        for scenario in SCENARIOS:
+            folder = tmp_path / model_class.__name__ / scenario
+            assert_trained_as_by_one_process(model_class, scenario, folder)
+
+
+def train_with_two_processes(kind: str, folder: Path) -> None:
+    # --multi_gpu means several processes, here on CPU (--cpu would need MPI for them); port 0 is any free one.
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
+    command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
+    command += ["--module", "tests.features.distributed_worker", kind, str(folder)]
+    run = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=240,
+    )
+    assert run.returncode == 0, run.stdout[-6000:]
+
+
+def assert_trained_as_by_one_process(model_class: type, scenario: str, folder: Path) -> None:
+    model = scenario_model(model_class, scenario)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    train(model, optimizer_of(model), scenario_inputs(model))
+    base = tiny_model(model_class, tie_word_embeddings=False)
+    loaded = PeftModel.from_pretrained(base, folder, is_trainable=True).eval()
+    assert before.keys() == {name for name, p in loaded.named_parameters() if p.requires_grad}
+    for name, start in before.items():
+        expected, where = model.get_parameter(name), f"{folder.parent.name}, {scenario}: {name}"
+        assert not torch.equal(expected, start), where
+        torch.testing.assert_close(loaded.get_parameter(name), expected, rtol=0, atol=1e-6, msg=where)
+    # What the two processes computed with these weights, not only what they saved.
+    output = torch.load(folder / "output.pt", weights_only=True)
+    torch.testing.assert_close(output_of(loaded, inputs_of(loaded, BATCH_SIZE)), output, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("path", EXAMPLE_CONFIGS, ids=lambda path: path.stem)
+def test_example_configs_are_read_by_accelerate(path: Path) -> None:
+    config = ClusterConfig.from_yaml_file(yaml_file=path)
+    assert config.num_processes > 1
+    if path.stem == "fsdp2":
+        assert config.distributed_type == "FSDP" and config.fsdp_config["fsdp_version"] == 2
+    else:
+        assert config.distributed_type == "DEEPSPEED" and config.deepspeed_config["zero_stage"] == 3
+
+
+def test_both_example_configs_are_there() -> None:
+    assert [path.stem for path in EXAMPLE_CONFIGS] == ["deepspeed_zero3", "fsdp2"]

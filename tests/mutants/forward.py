@@ -1,0 +1,324 @@
+"""What may go wrong in a forward of a transformer and in its gradient."""
+
+from .mutant import Mutant
+
+GOLDEN = "golden/test_golden.py -k "
+FORMULAS = "contract/test_feedback.py -k 'formulas and ViT'"
+START = "contract/test_start.py -k 'starts_as_the_base_model and "
+GENERATION = "contract/test_generation.py -k "
+
+IN_A_FORWARD = [
+    # ------------------------------------------------------------------------------------- the mathematics
+    Mutant("mask: no clamp", "keepdim=True).clamp(0, 1).to(", "keepdim=True).to(", f"{GOLDEN}vit_forward"),
+    Mutant("mask: clamped above zero only at one", ".clamp(0, 1).to(", ".clamp(-1, 1).to(", f"{GOLDEN}vit_forward"),
+    Mutant(
+        "mask: norms in the adapter's low precision",
+        "dtype = torch.promote_types(self.weight.dtype, torch.float32)",
+        "dtype = self.weight.dtype",
+        "features/test_mixed_precision.py -k features_of_zeros",
+    ),
+    Mutant("mask: not applied", "return transform(mask * features)", "return transform(features)", FORMULAS),
+    Mutant("transform: from the left", "return x @ self.weight", "return x @ self.weight.T", FORMULAS),
+    Mutant(
+        "prompt: random one of the official size",
+        "std=0.02 if config.init_weights else 1.0",
+        "std=1.0",
+        "features/test_prompt_start.py -k random_option",
+    ),
+    Mutant(
+        "layer: linear2 of what comes from above",
+        "z = self._linear1(z, adapter_name)\n        return z, self._linear2(z, adapter_name)",
+        "return self._linear1(z, adapter_name), self._linear2(z, adapter_name)",
+        FORMULAS,
+    ),
+    Mutant("layer: linear2 not zero at the start", "nn.init.zeros_(linear2)", "nn.init.eye_(linear2)", f"{START}ViT'"),
+    Mutant(
+        "Lite: B not zero at the start",
+        'nn.init.zeros_(getattr(self, f"{name}_B")[adapter_name].weight)',
+        'nn.init.ones_(getattr(self, f"{name}_B")[adapter_name].weight)',
+        f"{START}ViT and lite'",
+    ),
+    Mutant("Lite: not scaled", "* self.topdown_scaling[adapter_name]", "* 1.0", f"{GOLDEN}vit_forward"),
+    Mutant(
+        "Lite: no dropout",
+        "up(down(self.topdown_dropout[adapter_name](z)))",
+        "up(down(z))",
+        "features/test_dropout.py -k dropout_of_the_factors",
+    ),
+    Mutant(
+        "Lite: fixed matrices are trained",
+        'frozen=("topdown_linear1", "topdown_linear2") if r > 0 else ()',
+        "frozen=()",
+        "features/test_peft_contract.py -k 'trainable_parts and nothing'",
+    ),
+    Mutant("chain: from the bottom up", "return sorted(has, reverse=True)", "return sorted(has)", FORMULAS),
+    Mutant(
+        "features: without the final norm",
+        "return self.final_norm(run.features) if normalize else run.features",
+        "return run.features",
+        FORMULAS,
+    ),
+    # -------------------------------------------------------------------------------------- the two passes
+    Mutant(
+        "pass 1: runs one block too many",
+        "return self.index >= run.feedback_from",
+        "return self.index > run.feedback_from",
+        "contract/test_feedback.py -k 'skipped and ViT'",
+    ),
+    Mutant(
+        "pass 2: skips the lower blocks also where they are recorded",
+        "return self.index < run.feedback_to and not run.repeat_lower_blocks",
+        "return self.index < run.feedback_to",
+        "contract/test_feedback.py -k 'recorded and ViT'",
+    ),
+    Mutant(
+        "pass 2: dropout of the lower blocks is left out",
+        "repeat_lower_blocks=is_random or any(",
+        "repeat_lower_blocks=any(",
+        "features/test_dropout.py -k 'no_op_adapter_trains and ViT'",
+    ),
+    Mutant(
+        "pass 1: without a graph where something below is trained",
+        "with nullcontext() if needs_graph else torch.no_grad(),",
+        "with torch.no_grad(),",
+        "features/test_checkpointing.py -k 'trained_embeddings and ViT and plain'",
+    ),
+    Mutant(
+        "pass 1: a graph of a frozen model",
+        "torch.is_grad_enabled() and self._first_pass_is_trained(run, kwargs)",
+        "torch.is_grad_enabled()",
+        "features/test_checkpointing.py -k 'frozen_model and ViT'",
+    ),
+    Mutant(
+        "pass 1: inputs that want a gradient do not count",
+        "if any(isinstance(value, torch.Tensor) and value.requires_grad for value in kwargs.values()):",
+        "if False:",
+        "features/test_checkpointing.py -k gradients_of_inputs",
+    ),
+    Mutant(
+        "pass 1: blocks that are not called are no error",
+        "if run.last_output is None:",
+        "if False:",
+        "features/test_wiring.py -k does_not_call",
+    ),
+    Mutant(
+        "pass 2: a value projection that is not called is no error",
+        "if self.index in run.feedback and self.index not in run.steered:",
+        "if False:",
+        "features/test_wiring.py -k does_not_call",
+    ),
+    Mutant(
+        "state: a block by itself runs without its feedback",
+        "if self.path.active_adapter is not None:\n            raise RuntimeError(",
+        "if False:\n            raise RuntimeError(",
+        "features/test_forward.py -k single_block",
+    ),
+    Mutant(
+        "state: not restored after a forward inside of a forward",
+        "finally:\n            self.state.run = outer",
+        "finally:\n            self.state.run = None",
+        "features/test_forward.py -k base_forward_inside",
+    ),
+    Mutant(
+        "state: shared by all threads",
+        "class ThreadState(threading.local):",
+        "class ThreadState:",
+        "features/test_forward.py -k another_thread",
+    ),
+    Mutant(
+        "unload: the forward of accelerate is lost",
+        "attributes[name] = self.previous",
+        "pass",
+        "features/test_peft_contract.py -k hooks_of_accelerate",
+    ),
+    Mutant(
+        "recording: pass 1 is in the record",
+        "_active_collector.set(None)",
+        "pass",
+        "families/test_unsuitable_models.py -k hidden_states_of_pass_2",
+    ),
+    # --------------------------------------------------------------------------- checkpointing and dropout
+    Mutant(
+        "checkpoint: feedback gets no gradient",
+        "self.checkpoint(call, *again.feedback.values(), *args)",
+        "self.checkpoint(call, *(td.detach() for td in again.feedback.values()), *args)",
+        "contract/test_gradients.py -k 'checkpointing and ViT'",
+    ),
+    Mutant(
+        "checkpoint: the running state is lost",
+        "finally:\n            self.state.run = previous",
+        "finally:\n            self.state.run = None",
+        "contract/test_gradients.py -k 'checkpointing and ViT'",
+    ),
+    Mutant(
+        "checkpoint: dropout in pass 1 when it runs again",
+        "return dropout_off(*(block.module for block in self.blocks)) if off else nullcontext()",
+        "return nullcontext()",
+        "features/test_dropout.py -k 'first_pass_in_the_graph and ViT'",
+    ),
+    Mutant(
+        "checkpoint: output without its graph",
+        "[block] = self.blocks\n        block.note(run, hidden_states, output)",
+        "pass",
+        "features/test_checkpointing.py -k 'trained_embeddings and ViT and full'",
+    ),
+    Mutant(
+        "checkpoint: function left wrapped after unload",
+        "module._gradient_checkpointing_func = checkpoint.checkpoint",
+        "pass",
+        "features/test_checkpointing.py -k unload",
+    ),
+    Mutant(
+        "dropout: uses up random numbers in pass 1",
+        "else torch.random.fork_rng(devices=[]):",
+        "else nullcontext():",
+        "features/test_dropout.py -k 'no_op_adapter_trains and Wav2Vec2'",
+    ),
+    Mutant(
+        "dropout: batch norms in evaluation mode in pass 1",
+        "for module in root.modules() if not isinstance(module, _NormBase)]",
+        "for module in root.modules()]",
+        "features/test_dropout.py",
+    ),
+    # ----------------------------------------------------------------------------------- value projections
+    Mutant(
+        "fused: queries and keys see the feedback",
+        "columns = [of_input[..., : -self.columns]",
+        "columns = [of_steered[..., : -self.columns]",
+        "families/test_transformers.py -k 'fused and GPT2'",
+    ),
+    Mutant(
+        "fused: heads side by side are taken for one",
+        "tensor.unflatten(-1, (self.parts, -1))",
+        "tensor.unflatten(-1, (1, -1))",
+        "families/test_transformers.py -k 'fused and NeoX'",
+    ),
+    Mutant(
+        "double bias: not added",
+        "return value + self._bias(module, args[0])",
+        "return value",
+        f"{GOLDEN}vit_forward",
+    ),
+    Mutant(
+        "double bias: not added to a fused projection",
+        "steered = steered + self._bias(module, hidden_states)",
+        "pass",
+        "families/test_transformers.py -k fused",
+    ),
+    Mutant(
+        "values: broadcast feedback is no error",
+        "if td.shape != hidden_states.shape:",
+        "if False:",
+        "families/test_unsuitable_models.py -k 'first_forward and pooled'",
+    ),
+    Mutant(
+        "values: feedback not cast to the block's dtype",
+        "return hidden_states + td.to(device=hidden_states.device, dtype=hidden_states.dtype)",
+        "return hidden_states + td",
+        "features/test_mixed_precision.py -k 'training_steps and ViT and bfloat16'",
+    ),
+    Mutant(
+        "values: hooks stay on a layer that LoRA wraps",
+        "hooks.move_to(module)",
+        "pass",
+        "features/test_lora.py -k 'either_order and ViT'",
+    ),
+    # ------------------------------------------------------------------------------------------- the cache
+    Mutant(
+        "cache: a layer too few for pass 1",
+        "cache.layers[owner.feedback_to : owner.feedback_from])",
+        "cache.layers[owner.feedback_to : owner.feedback_from - 1])",
+        f"{GENERATION}Llama",
+    ),
+    Mutant(
+        "cache: pass 2 begins a layer too high",
+        "lower + cache.layers[feedback_to:num_layers]",
+        "lower + cache.layers[feedback_to + 1 : num_layers]",
+        f"{GENERATION}Llama",
+    ),
+    Mutant(
+        "cache: a counter shared by both passes",
+        "snapshot.cumulative_length = counter.clone()",
+        "pass",
+        "features/test_generation.py -k 'kinds_of_caches and static and Llama'",
+    ),
+    Mutant(
+        "cache: continued without the adapter after unload",
+        "cache.update = update_of_one_pass",
+        "pass",
+        "features/test_caches.py -k 'unloaded_model_refuses and Llama'",
+    ),
+    Mutant(
+        "cache: continued by another adapter of the same name",
+        "passes.owner != owner",
+        "passes.owner.adapter_name != owner.adapter_name",
+        "features/test_caches.py -k another_model_refuses",
+    ),
+    Mutant(
+        "cache: filled with the adapter, used without",
+        "if _length(cache) > 0:\n            raise",
+        "if False:\n            raise",
+        "features/test_generation.py -k 'adapter_is_disabled and Llama'",
+    ),
+    Mutant(
+        "cache: filled without the adapter, used with it",
+        "if _length(cache) > 0:\n        raise",
+        "if False:\n        raise",
+        "features/test_generation.py -k 'base_model_is_refused and Llama'",
+    ),
+    Mutant(
+        "cache: the caller gets that of pass 2",
+        "output[name] = self._callers(item)",
+        "pass",
+        "features/test_generation.py -k 'callers_cache and Llama'",
+    ),
+    Mutant(
+        "cache: the caller gets that of pass 2 inside of an encoder-decoder's",
+        "item.self_attention_cache = self.cache",
+        "pass",
+        f"{GENERATION}T5",
+    ),
+    Mutant(
+        "cache: pages of continuous batching",
+        "if any(isinstance(value, PagedAttentionCache) for value in kwargs.values()):",
+        "if False:",
+        "features/test_caches.py -k continuous_batching",
+    ),
+    # -------------------------------------------------------------------------------- the variational loss
+    Mutant(
+        "variational loss: trains more than linear1",
+        "to_device_of(layer, x.detach())",
+        "to_device_of(layer, x)",
+        "features/test_variational_loss.py -k linear1_only",
+    ),
+    Mutant(
+        "variational loss: not weighted in accumulation",
+        "return labels.ne(-100).sum() / num_items",
+        "return 1.0",
+        "features/test_variational_loss.py -k 'accumulation and Llama'",
+    ),
+    Mutant(
+        "variational loss: not a mean over the channels",
+        "(mask.sum() * squares.shape[-1])",
+        "mask.sum()",
+        "features/test_variational_loss.py -k padding",
+    ),
+    Mutant(
+        "variational loss: forgotten by an evaluation",
+        "if model.training and self.path.active_adapter is not None:",
+        "if True:",
+        "features/test_variational_loss.py -k in_between",
+    ),
+    Mutant(
+        "variational loss: only of the last backbone",
+        "return loss if before is None else before.to(loss.device) + loss",
+        "return loss",
+        "features/test_variational_loss.py -k twice",
+    ),
+    Mutant(
+        "variational loss: of a stage's input with the feedback",
+        "self.reconstruct(run, run.inputs[self.node], output)",
+        "self.reconstruct(run, hidden_states, output)",
+        f"{GOLDEN}'variational_loss and convnext'",
+    ),
+]
