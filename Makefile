@@ -1,5 +1,7 @@
 # make demo          adapt a vision and a language model with TOAST, offline, in a few minutes
-# make test          check the style and run all tests, with the versions of constraints.txt
+# make quick         run the tests that one runs while working, in less than two minutes
+# make lint          check style (ruff) and types (mypy)
+# make test          lint, then run all tests and measure what they cover, with the versions of constraints.txt
 # make test-newest   run the tests that touch other packages, with the newest versions of these
 # make test-oldest   the same with exactly the oldest versions that setup.cfg declares
 # make clean         remove what these have made
@@ -15,9 +17,12 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 DEMO_ARGS ?=
 # -n auto: as many processes as there are cores.
 PYTEST ?= python -m pytest -n auto
+# `make test` counts the lines of the package that tests run; `make test COVERAGE=` is faster.
+COVERAGE ?= --cov
 
 BIN := .venv/bin
 READY := .venv/ready
+QUICK_TESTS := tests/contract tests/golden -m "not slow" -k "ViT or Llama or golden"
 COMPATIBILITY_TESTS := tests/contract tests/families/test_transformers.py tests/golden/test_golden.py \
     $(addprefix tests/features/test_,forward.py caches.py generation.py checkpointing.py compile.py saving.py \
     peft_contract.py trainer.py threads.py errors.py mixed_precision.py wiring.py dropout.py lora.py \
@@ -28,15 +33,21 @@ COMPATIBILITY_TESTS := tests/contract tests/families/test_transformers.py tests/
 PIP_INSTALL := pip install --quiet
 TORCH_INSTALL := $(PIP_INSTALL) --no-deps --timeout 15 --retries 1 --extra-index-url $(TORCH_INDEX)
 
-.PHONY: demo test test-newest test-oldest clean
+.PHONY: demo quick lint test test-newest test-oldest clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py $(DEMO_ARGS)
 
-test: $(READY)
+quick: $(READY)
+	$(BIN)/$(PYTEST) $(QUICK_TESTS)
+
+lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/$(PYTEST)
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/$(PYTEST) $(COVERAGE)
 
 test-newest: .venv-newest/ready
 	.venv-newest/bin/$(PYTEST) $(COMPATIBILITY_TESTS)
@@ -45,7 +56,7 @@ test-oldest: .venv-oldest/ready
 	.venv-oldest/bin/$(PYTEST) $(COMPATIBILITY_TESTS)
 
 clean:
-	rm -rf .venv .venv-newest .venv-oldest outputs build *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-newest .venv-oldest outputs build *.egg-info .pytest_cache .ruff_cache .mypy_cache .coverage
 
 $(READY): constraints.txt setup.cfg pyproject.toml Makefile
 	$(PYTHON) -m venv .venv

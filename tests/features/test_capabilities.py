@@ -108,11 +108,11 @@ def test_weights_that_the_sentence_names_scale_the_feedback(options: dict) -> No
 
 def test_peft_does_not_take_the_method_for_mergeable() -> None:
     """It takes a method for mergeable whose layers override `merge`, if it cannot try it on a single linear layer."""
-    layers = [
+    classes = [
         value for value in vars(layers).values() if isinstance(value, type) and issubclass(value, BaseTunerLayer)
     ]
-    assert TopDownModel.tuner_layer_cls is TopDownLayer and FeedbackLayer in layers
-    assert all(layer.merge is BaseTunerLayer.merge for layer in layers)
+    assert TopDownModel.tuner_layer_cls is TopDownLayer and FeedbackLayer in classes
+    assert all(layer.merge is BaseTunerLayer.merge for layer in classes)
 
 
 def test_merging_leaves_the_feedback_alone() -> None:
