@@ -1,23 +1,26 @@
 """What README and docs say that can be checked: their code runs, their numbers are those that were measured.
 
 A Python block after the line `<!-- runs -->` is executed, the blocks of a page one after the other, with tiny models
-and a few rows in place of what they download. `python -m tests.test_docs` prints the tables of results.
+and a few rows in place of what they download. `python -m tests.test_docs` prints the table of model types.
 """
 
 import ast
-import json
 import re
+import runpy
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import datasets
 import numpy as np
+import pandas as pd
 import pytest
 import transformers as tf
 from peft import get_peft_model
 from PIL import Image
+from toast_peft.families.convnets import CONVNETS
+from toast_peft.families.hierarchies import HIERARCHIES
+from toast_peft.families.model_types import ARCHITECTURES
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -31,8 +34,7 @@ PAGES = {
     for path in sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 }
 README, RESULTS = PAGES["README.md"], PAGES["docs/results.md"]
-MEASURED = ROOT / "examples" / "benchmarks" / "results"
-IMAGES = ("dtd10", "flowers5", "cifar10")
+BENCHMARKS = ROOT / "examples" / "benchmarks"
 BLOCK = re.compile(r"(<!-- runs -->\n)?```python\n(.*?)```", re.DOTALL)
 
 
@@ -198,9 +200,8 @@ def test_files_that_are_named_exist(name: str) -> None:
 
 
 def test_architecture_names_files_that_exist() -> None:
+    there = [path.as_posix() for folder in ("toast_peft", "tests") for path in (ROOT / folder).rglob("*.py")]
     named = set(re.findall(r"[\w/]+\.py\b", PAGES["docs/architecture.md"]))
-    there = [path.as_posix() for path in (ROOT / "toast_peft").rglob("*.py")] + [str(ROOT / "tests" / "reference.py")]
-    there.append((ROOT / "tests" / "zoo.py").as_posix())
     assert {file for file in named if not any(path.endswith(f"/{file}") for path in there)} == set()
 
 
@@ -226,64 +227,73 @@ def test_explained_messages_are_those_of_the_code() -> None:
     assert [message for message in messages if message.removesuffix("…") not in said] == []
 
 
+def model_types_with_a_row() -> str:
+    """The table of model types."""
+    rows: dict[tuple[str, str], list[str]] = {}
+
+    def add(model_type: str, values: str, start: str) -> None:
+        rows.setdefault((values, start), []).append(f"`{model_type}`")
+
+    for model_type, row in sorted(ARCHITECTURES.items()):
+        fused = " (fused)" if row.fused else ""
+        add(model_type, f"`{row.value_projection}`{fused}", start_of_feedback(row))
+    for model_type, row in sorted(HIERARCHIES.items()):
+        add(model_type, f"`{row.value_projection}`, through all stages", start_of_feedback(row))
+    for model_type, row in sorted(CONVNETS.items()):
+        compared = f", compared after `{row.final_norm}`" if row.final_norm else ""
+        add(model_type, "ConvNet: input of each stage", f"after the last stage{compared}")
+    lines = [f"| {', '.join(types)} | {values} | {start} |" for (values, start), types in rows.items()]
+    head = ["| model type | value projection in a block | feedback starts |", "|---|---|---|"]
+    return "\n".join([*head, *lines])
+
+
+def start_of_feedback(row: Any) -> str:
+    return f"after `{row.final_norm}`" if row.normalize_features else "after the last block"
+
+
+def test_all_model_types_with_a_row_are_in_the_table() -> None:
+    assert model_types_with_a_row() in PAGES["docs/custom_models.md"]
+
+
 # ----------------------------------------------------------------------------------------------------------- numbers
 
 
-def measured_on_test(results: str) -> dict[str, list[dict[str, float]]]:
-    """What was measured on the test split, for each method with all seeds."""
-    stored = json.loads((MEASURED / results).read_text())["runs"]
-    measured: dict[str, list[dict[str, float]]] = {}
-    for entry in stored:
-        if entry["run"]["evaluated_on"] == "test":
-            measured.setdefault(entry["run"]["method"], []).append(entry["metrics"])
-    return measured
+# The script beside the results makes the tables of them.
+TABLES = runpy.run_path(str(BENCHMARKS / "tables.py"))
 
 
-def with_deviation(values: list[float]) -> str:
-    return f"{mean(values):.1f} ± {stdev(values):.1f}"
+def in_markdown(table: pd.DataFrame) -> list[str]:
+    head, *rows = [["method", *table.columns], *table.itertuples()]
+    lines = [" | ".join(map(str, row)) for row in (head, *rows)]
+    lines = [f"| {line} |" for line in lines]
+    return [lines[0], "|" + "---|" * len(head), *lines[1:]]
 
 
-def comparison_of_images() -> str:
-    """The table of accuracies, the best mean first."""
-    measured = {name: measured_on_test(f"comparison_{name}.json") for name in IMAGES}
-    rows = {}
-    for method, runs in measured["dtd10"].items():
-        accuracies = [[100 * run["accuracy"] for run in measured[name][method]] for name in IMAGES]
-        overall = mean(map(mean, accuracies))
-        cells = [f"`{method}`", f"{runs[0]['trainable_parameters']:,}", *map(with_deviation, accuracies)]
-        cells += [f"{overall:.1f}", f"{runs[0]['flops_per_step'] / 1e9:.1f}"]
-        cells += [f"{runs[0]['activation_megabytes']:.0f}", f"{mean(run['seconds'] for run in runs):.0f}"]
-        rows[f"| {' | '.join(cells)} |"] = overall
-    head = ["method", "trainable parameters", *IMAGES, "mean", "GFLOPs / step", "activations kept, MB", "seconds"]
-    return "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *sorted(rows, key=rows.get, reverse=True)])
+def segmentation() -> pd.DataFrame:
+    runs = pd.read_csv(BENCHMARKS / "results" / "segmentation_camvid.csv")
+    forms = {"trainable_parameters": "{:,}", "learning_rate": "{}"}
+    forms |= dict.fromkeys(["eval_mean_iou", "test_mean_iou", "test_pixel_accuracy"], "{:.3f}")
+    return pd.DataFrame({name: runs[name].map(form.format) for name, form in forms.items()}).set_axis(
+        runs["method"].map("`{}`".format)
+    )
 
 
-def comparison_of_texts() -> str:
-    """The table of perplexities, the best one of the target first."""
-    rows = {}
-    for method, runs in measured_on_test("forgetting_tinyshakespeare.json").items():
-        columns = [[run[f"{name} perplexity"] for run in runs] for name in ("target", "source")]
-        cells = [f"`{method}`", f"{runs[0]['trainable_parameters']:,}", *map(with_deviation, columns)]
-        rows[f"| {' | '.join(cells)} |"] = mean(columns[0])
-    head = "| method | trainable parameters | target perplexity | source perplexity |\n|---|---|---|---|"
-    return "\n".join([head, *sorted(rows, key=rows.get)])
+@pytest.mark.parametrize("table", [TABLES["images"], TABLES["forgetting"]])
+def test_tables_are_what_was_measured(table: Callable[[], pd.DataFrame]) -> None:
+    assert "\n".join(in_markdown(table())) in RESULTS
 
 
-@pytest.mark.parametrize("table", [comparison_of_images, comparison_of_texts])
-def test_tables_are_what_was_measured(table: Callable[[], str]) -> None:
-    assert table() in RESULTS
+def test_table_of_segmentation_is_what_was_measured() -> None:
+    assert "\n".join(in_markdown(segmentation())[1:]) in RESULTS
 
 
 def test_readme_sums_up_what_was_measured() -> None:
-    runs = measured_on_test("forgetting_tinyshakespeare.json")
-    target, source = (
-        {method: round(mean(run[f"{split} perplexity"] for run in runs[method])) for method in ("toast", "lora")}
-        for split in ("target", "source")
-    )
-    of_source = f"a perplexity of {source['toast']} against {source['lora']} on the source"
-    of_target = f"at {target['toast']} against {target['lora']} on the target"
-    assert f"{of_source}, {of_target}" in " ".join(README.split())
+    runs = pd.read_csv(BENCHMARKS / "results" / "forgetting_tinyshakespeare.csv").query("split == 'test'")
+    means = runs.groupby("method")[["target perplexity", "source perplexity"]].mean().round().astype(int)
+    (toast_target, toast_source), (lora_target, lora_source) = means.loc["toast"], means.loc["lora"]
+    of_source = f"a perplexity of {toast_source} against {lora_source} on the source"
+    assert f"{of_source}, at {toast_target} against {lora_target} on the target" in " ".join(README.split())
 
 
 if __name__ == "__main__":
-    print(comparison_of_images(), comparison_of_texts(), sep="\n\n")
+    print(model_types_with_a_row())
