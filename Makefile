@@ -4,6 +4,7 @@
 # make test          lint, then run all tests and measure what they cover, with the versions of constraints.txt
 # make test-newest   run the tests that touch other packages, with the newest versions of these
 # make test-oldest   the same with exactly the oldest versions that setup.cfg declares
+# make docs          build the documentation into site/; make docs-serve shows it while it is written
 # make clean         remove what these have made
 #
 # Each sets up a virtual environment first. On Linux a plain `pip install torch` fetches several gigabytes for CUDA, so
@@ -33,7 +34,7 @@ COMPATIBILITY_TESTS := tests/contract tests/families/test_transformers.py tests/
 PIP_INSTALL := pip install --quiet
 TORCH_INSTALL := $(PIP_INSTALL) --no-deps --timeout 15 --retries 1 --extra-index-url $(TORCH_INDEX)
 
-.PHONY: demo quick lint test test-newest test-oldest clean
+.PHONY: demo quick lint test test-newest test-oldest docs docs-serve clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py $(DEMO_ARGS)
@@ -55,13 +56,23 @@ test-newest: .venv-newest/ready
 test-oldest: .venv-oldest/ready
 	.venv-oldest/bin/$(PYTEST) $(COMPATIBILITY_TESTS)
 
+docs: .venv/docs
+	$(BIN)/mkdocs build --strict
+
+docs-serve: .venv/docs
+	$(BIN)/mkdocs serve
+
 clean:
-	rm -rf .venv .venv-newest .venv-oldest outputs build *.egg-info .pytest_cache .ruff_cache .mypy_cache .coverage
+	rm -rf .venv .venv-newest .venv-oldest outputs site build *.egg-info .pytest_cache .ruff_cache .mypy_cache .coverage
 
 $(READY): constraints.txt setup.cfg pyproject.toml Makefile
 	$(PYTHON) -m venv .venv
 	$(BIN)/$(TORCH_INSTALL) --constraint constraints.txt torch
 	$(BIN)/$(PIP_INSTALL) --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+.venv/docs: $(READY)
+	$(BIN)/$(PIP_INSTALL) --constraint constraints.txt --editable '.[docs]'
 	touch $@
 
 # Made anew each time, or it would not be the newest. Only torch keeps its version: later ones may have no CPU build.

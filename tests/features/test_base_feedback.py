@@ -318,7 +318,7 @@ def test_from_hub_to_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_size_of_an_adapter_on_vit_ti(tmp_path: Path) -> None:
-    """The numbers of the README."""
+    """The numbers of the documentation."""
     shape = {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768}
     adapted(tf.ViTModel(tf.ViTConfig(**shape))).save_pretrained(tmp_path / "full")
     sizes = []
@@ -326,5 +326,5 @@ def test_size_of_an_adapter_on_vit_ti(tmp_path: Path) -> None:
         options = {"pretrained_feedback": tmp_path / "full", "share_pretrained_feedback": share}
         adapted(tf.ViTModel(tf.ViTConfig(**shape)), r=4, **options).save_pretrained(tmp_path / "lite")
         sizes.append((tmp_path / "lite" / "adapter_model.safetensors").stat().st_size / 1e6)
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    assert f"{sizes[0]:.2f} MB instead of {sizes[1]:.2f} MB" in readme
+    page = (Path(__file__).parents[2] / "docs" / "pretraining.md").read_text()
+    assert f"{sizes[0]:.2f} MB instead of {sizes[1]:.2f} MB" in page
