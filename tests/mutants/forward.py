@@ -13,11 +13,11 @@ IN_A_FORWARD = [
     Mutant("mask: clamped above zero only at one", ".clamp(0, 1).to(", ".clamp(-1, 1).to(", f"{GOLDEN}vit_forward"),
     Mutant(
         "mask: norms in the adapter's low precision",
-        "dtype = torch.promote_types(self.weight.dtype, torch.float32)",
-        "dtype = self.weight.dtype",
+        "dtype = torch.promote_types(prompt.dtype, torch.float32)",
+        "dtype = prompt.dtype",
         "features/test_mixed_precision.py -k features_of_zeros",
     ),
-    Mutant("mask: not applied", "return transform(mask * features)", "return transform(features)", FORMULAS),
+    Mutant("mask: not applied", "return transform(mask * x)", "return transform(x)", FORMULAS),
     Mutant("transform: from the left", "return x @ self.weight", "return x @ self.weight.T", FORMULAS),
     Mutant(
         "prompt: random one of the official size",
@@ -27,8 +27,8 @@ IN_A_FORWARD = [
     ),
     Mutant(
         "layer: linear2 of what comes from above",
-        "z = self._linear1(z, adapter_name)\n        return z, self._linear2(z, adapter_name)",
-        "return self._linear1(z, adapter_name), self._linear2(z, adapter_name)",
+        "z = linear1(z)\n    return z, linear2(z)",
+        "return linear1(z), linear2(z)",
         FORMULAS,
     ),
     Mutant("layer: linear2 not zero at the start", "nn.init.zeros_(linear2)", "nn.init.eye_(linear2)", f"{START}ViT'"),
@@ -38,11 +38,11 @@ IN_A_FORWARD = [
         'nn.init.ones_(getattr(self, f"{name}_B")[adapter_name].weight)',
         f"{START}ViT and lite'",
     ),
-    Mutant("Lite: not scaled", "* self.topdown_scaling[adapter_name]", "* 1.0", f"{GOLDEN}vit_forward"),
+    Mutant("Lite: not scaled", "return b(a(z)) * scaling", "return b(a(z))", f"{GOLDEN}vit_forward"),
     Mutant(
         "Lite: no dropout",
-        "up(down(self.topdown_dropout[adapter_name](z)))",
-        "up(down(z))",
+        "low_rank(self.topdown_dropout[adapter_name](z), a, b",
+        "low_rank(z, a, b",
         "features/test_dropout.py -k dropout_of_the_factors",
     ),
     Mutant(
@@ -51,11 +51,16 @@ IN_A_FORWARD = [
         "frozen=()",
         "features/test_peft_contract.py -k 'trainable_parts and nothing'",
     ),
-    Mutant("chain: from the bottom up", "return sorted(has, reverse=True)", "return sorted(has)", FORMULAS),
+    Mutant(
+        "chain: from the bottom up",
+        "if self.layer(name).has(adapter_name)), reverse=True)",
+        "if self.layer(name).has(adapter_name)))",
+        FORMULAS,
+    ),
     Mutant(
         "features: without the final norm",
-        "return self.final_norm(run.features) if normalize else run.features",
-        "return run.features",
+        "return self._after_final_norm(features) if self._normalizes(run, config) else features, None",
+        "return features, None",
         FORMULAS,
     ),
     # -------------------------------------------------------------------------------------- the two passes
@@ -115,8 +120,8 @@ IN_A_FORWARD = [
     ),
     Mutant(
         "state: not restored after a forward inside of a forward",
-        "finally:\n            self.state.run = outer",
-        "finally:\n            self.state.run = None",
+        "finally:\n            self.state.current.run = outer",
+        "finally:\n            self.state.current.run = None",
         "features/test_forward.py -k base_forward_inside",
     ),
     Mutant(
@@ -133,8 +138,8 @@ IN_A_FORWARD = [
     ),
     Mutant(
         "recording: pass 1 is in the record",
-        "_active_collector.set(None)",
-        "pass",
+        "            _collector.set(None)",
+        "            pass",
         "families/test_unsuitable_models.py -k hidden_states_of_pass_2",
     ),
     # --------------------------------------------------------------------------- checkpointing and dropout
@@ -146,8 +151,8 @@ IN_A_FORWARD = [
     ),
     Mutant(
         "checkpoint: the running state is lost",
-        "finally:\n            self.state.run = previous",
-        "finally:\n            self.state.run = None",
+        "finally:\n            self.state.current.run = previous",
+        "finally:\n            self.state.current.run = None",
         "contract/test_gradients.py -k 'checkpointing and ViT'",
     ),
     Mutant(
@@ -164,7 +169,7 @@ IN_A_FORWARD = [
     ),
     Mutant(
         "checkpoint: function left wrapped after unload",
-        "module._gradient_checkpointing_func = checkpoint.checkpoint",
+        "setattr(module, _FUNCTION, checkpoint.checkpoint)",
         "pass",
         "features/test_checkpointing.py -k unload",
     ),
@@ -213,8 +218,8 @@ IN_A_FORWARD = [
     ),
     Mutant(
         "values: feedback not cast to the block's dtype",
-        "return hidden_states + td.to(device=hidden_states.device, dtype=hidden_states.dtype)",
-        "return hidden_states + td",
+        "return steer(hidden_states, td.to(device=hidden_states.device, dtype=hidden_states.dtype))",
+        "return steer(hidden_states, td)",
         "features/test_mixed_precision.py -k 'training_steps and ViT and bfloat16'",
     ),
     Mutant(
@@ -317,7 +322,7 @@ IN_A_FORWARD = [
     ),
     Mutant(
         "variational loss: of a stage's input with the feedback",
-        "self.reconstruct(run, run.inputs[self.node], output)",
+        "self.reconstruct(run, run.inputs[self.stage], output)",
         "self.reconstruct(run, hidden_states, output)",
         f"{GOLDEN}'variational_loss and convnext'",
     ),

@@ -173,8 +173,9 @@ class BackboneForward(ReplacedForward):
         super().__init__(stack.backbone, path.state)
         self.blocks = stack.blocks
         self.blocks_name = stack.blocks_name
-        self.has_cache = stack.has_cache
         self.cache_parameter = cache_parameter(parameters)
+        # Other modules may hand a cache on with all that they take.
+        self.has_cache = stack.has_cache and (self.cache_parameter is not None or not self.records_itself)
         self.block_forwards = block_forwards
         self.final_norm_name = stack.final_norm
         self.normalize_features = stack.normalize_features
