@@ -18,15 +18,15 @@ import pytest
 import transformers as tf
 from peft import get_peft_model
 from PIL import Image
-from toast_peft.families.convnets import CONVNETS
-from toast_peft.families.hierarchies import HIERARCHIES
-from toast_peft.families.model_types import ARCHITECTURES
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 import toast_peft
 from toast_peft import OFFICIAL_STAGES, TopDownConfig
+from toast_peft.families.convnets import CONVNETS
+from toast_peft.families.hierarchies import HIERARCHIES
+from toast_peft.families.model_types import ARCHITECTURES
 
 ROOT = Path(__file__).parent.parent
 PAGES = {

@@ -135,7 +135,7 @@ class Statistics:
         return _SIZE_OF_ENTRIES * math.sqrt(len(direction)) * direction
 
     def new_weights(self, ridge: float) -> list[tuple[nn.Parameter, torch.Tensor]]:
-        """The prompt and the matrices of the chain, each with its new values.
+        """The prompt and the matrices of the chain, each with its new values. Shapes: [d], [d, d]
 
         With a ridge towards the identity, which in a residual block is not far away, `linear1' - 1` solves
         `(output' output + ridge) (linear1' - 1) = output' (input - output)`.

@@ -163,7 +163,7 @@ class TopDownModel(BaseTuner):
 
         Returns:
             The loss times `variational_weight`, once: zero if the model has added it to its own loss, or if
-            `variational_weight` is 0.
+            `variational_weight` is 0. Shape: []
         """
         hooks = [path.passes.loss_hook for _, path in feedback_paths(self.model)]
         losses = [loss for loss in (hook.take() for hook in hooks) if loss is not None]
@@ -171,7 +171,7 @@ class TopDownModel(BaseTuner):
 
     @property
     def last_variational_loss(self) -> torch.Tensor | None:
-        """The last variational loss that became a part of a loss, times its weight, without gradient; to be logged."""
+        """The last variational loss that became a part of a loss, times its weight, without gradient. Shape: []"""
         return last_variational_loss(self.model)
 
     def feedback_statistics(self) -> dict[str, float]:

@@ -135,7 +135,7 @@ class BlockForward(ReplacedForward):
         return output
 
     def note(self, run: Run, hidden_states: torch.Tensor, output: Any) -> None:
-        """Keep what comes later needs of what the block has computed in the running pass."""
+        """Keep what comes later needs of what the block has computed in the running pass. Shape: [b, n, d]"""
         if run.first_pass:
             self.keep(run, output)
         else:
@@ -148,7 +148,7 @@ class BlockForward(ReplacedForward):
             run.outputs[self.index] = output
 
     def reconstruct(self, run: Run, hidden_states: torch.Tensor, output: Any) -> None:
-        """Add this block's part to the variational loss, where that is wanted."""
+        """Add this block's part to the variational loss, where that is wanted. Shape: [b, n, d]"""
         if run.reconstruction is not None and self.index in run.feedback:
             run.reconstruction.add(self.index, hidden_states, output)
 

@@ -217,6 +217,7 @@ class FeedbackLayer(TopDownLayer):
         return self._identity_scale * padded.unflatten(-1, (-1, self.out_features)).sum(-2)
 
     def init_identity(self, linear1: torch.Tensor) -> None:
+        """Set the weight of `linear1` to what is fixed in TOAST-Lite. Shape: [d, d]"""
         nn.init.eye_(linear1)
 
     def _init_random(self, linear1: torch.Tensor) -> None:
@@ -400,7 +401,7 @@ def weight_of(layer: nn.Module) -> nn.Parameter:
 
 
 def to_device_of(module: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor where the module is; the blocks, and with them the feedback layers, may be on several devices.
+    """The tensor, of any shape, where the module is. Blocks, and with them feedback layers, may be on several devices.
 
     Raises:
         RuntimeError: if the module has no weights, as after a failed load with `low_cpu_mem_usage`.

@@ -81,7 +81,7 @@ class ValueHooks:
         return (self._steered(run, hidden_states), *others)
 
     def replace_values(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
-        """The output of a fused projection with the values of `h + td`."""
+        """The output of a fused projection with the values of `h + td`. Shape: [b, n, all columns]"""
         run = self._run_with_feedback()
         if run is None or self.columns is None:
             return None
@@ -92,7 +92,7 @@ class ValueHooks:
         return self.columns.replace(output, steered)
 
     def add_bias_again(self, module: nn.Module, args: tuple, value: torch.Tensor) -> torch.Tensor | None:
-        """Official ViT: `v = W h + b + W td + b`."""
+        """Official ViT: `v = W h + b + W td + b`. Shape: [b, n, d]"""
         run = self._run_with_feedback()
         return value + self._bias(module, args[0]) if run is not None and run.double_bias else None
 

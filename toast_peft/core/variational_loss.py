@@ -34,7 +34,7 @@ class Reconstruction:
         self.errors: dict[int, torch.Tensor] = {}
 
     def add(self, index: int, hidden_states: torch.Tensor, output: Any) -> None:
-        """Compare the input of a block, computed from its output, with what it was; once in a forward."""
+        """Compare the input of a block, computed from its output, with what it was; once in a forward. Shape: [b, n, d]"""
         layer = self.path.layer(str(index))
         if index in self.errors:
             return
@@ -48,7 +48,7 @@ class Reconstruction:
             self.errors[index] = (squares * mask).sum() / (mask.sum() * squares.shape[-1])
 
     def loss(self, config: TopDownConfig, before: torch.Tensor | None) -> torch.Tensor | None:
-        """The weighted sum over the blocks, and what was there before."""
+        """The weighted sum over the blocks, and what was there before. Shape: []"""
         errors = list(self.errors.values())
         if not errors:
             return before
@@ -57,7 +57,7 @@ class Reconstruction:
 
 
 def total(losses: list[torch.Tensor]) -> torch.Tensor:
-    """The sum of one or more losses, on the device of the first."""
+    """The sum of one or more losses, on the device of the first. Shape of each: []"""
     first, *others = losses
     return sum((loss.to(first.device) for loss in others), start=first)
 
@@ -112,7 +112,7 @@ class LossHook:
         return output
 
     def take(self) -> torch.Tensor | None:
-        """The variational loss of the last forward, which is then forgotten."""
+        """The variational loss of the last forward, which is then forgotten. Shape: []"""
         loss, self.state.current.variational_loss = self.state.current.variational_loss, None
         if loss is not None:
             self.last = loss.detach()
@@ -125,7 +125,10 @@ class LossHook:
 
 
 def last_variational_loss(model: nn.Module) -> torch.Tensor | None:
-    """The last variational loss that became a part of a loss, times its weight, without gradient; to be logged."""
+    """The last variational loss that became a part of a loss, times its weight, without gradient; to be logged.
+
+    Shape: []
+    """
     losses = [path.passes.loss_hook.last for _, path in feedback_paths(model)]
     found = [loss for loss in losses if loss is not None]
     return total(found) if found else None

@@ -251,6 +251,7 @@ class ConvNetFeedbackLayer(FeedbackLayer):
         return nn.ConvTranspose2d(in_features, self.out_features, self.stride, self.stride, bias=False)
 
     def init_identity(self, linear1: torch.Tensor) -> None:
+        """Set the weight of `linear1` to its start. Shape: [c, c', s, s]"""
         channels = torch.arange(self.in_features)
         linear1.zero_()
         linear1[channels, channels % self.out_features] = self._identity_scale

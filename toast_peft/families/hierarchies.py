@@ -184,6 +184,7 @@ class HierarchicalFeedbackLayer(FeedbackLayer):
         return self._new_linear(in_features, self.num_tokens * self.out_features)
 
     def init_identity(self, linear1: torch.Tensor) -> None:
+        """Set the weight of `linear1` to its start. Shape: [d, d'], from the next stage [4 d, d']"""
         channels = torch.arange(self.in_features)
         linear1.zero_()
         for token in range(self.num_tokens):
@@ -327,7 +328,7 @@ class StageCheckpoint(CheckpointWithFeedback):
         return super().__call__(function, *args)
 
     def note(self, run: Run, hidden_states: torch.Tensor, output: Any) -> None:
-        """Nothing: what a stage returns is not the output of a block."""
+        """Nothing: what a stage returns is not the output of a block. Shape: [b, n, d]"""
 
 
 class HierarchicalBackboneForward(BackboneForward):
