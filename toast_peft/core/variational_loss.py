@@ -34,7 +34,7 @@ class Reconstruction:
         self.errors: dict[int, torch.Tensor] = {}
 
     def add(self, index: int, hidden_states: torch.Tensor, output: Any) -> None:
-        """Compare the input of a block, computed from its output, with what it was; once in a forward. Shape: [b, n, d]"""
+        """Compare the input of a block, computed from its output, with what it was, once. Shape: [b, n, d]"""
         layer = self.path.layer(str(index))
         if index in self.errors:
             return
