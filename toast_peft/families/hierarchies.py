@@ -318,7 +318,7 @@ class StageCheckpoint(CheckpointWithFeedback):
     """A gradient checkpointing function of a whole stage."""
 
     def __call__(self, function: Callable, *args: Any) -> Any:
-        run = self.state.run
+        run = self.state.current.run
         if torch.is_grad_enabled() and run is not None and run.first_pass and not self.blocks[0].is_skipped(run):
             # The features would come from inside of a checkpoint.
             raise NotImplementedError(
