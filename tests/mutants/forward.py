@@ -87,7 +87,7 @@ IN_A_FORWARD = [
         "pass 1: a graph of a frozen model",
         "torch.is_grad_enabled() and self._first_pass_is_trained(run, kwargs)",
         "torch.is_grad_enabled()",
-        "features/test_checkpointing.py -k 'frozen_model and ViT'",
+        "features/test_checkpointing.py -k 'only_checkpointing_wants'",
     ),
     Mutant(
         "pass 1: inputs that want a gradient do not count",
