@@ -234,7 +234,7 @@ IN_A_FORWARD = [
         "cache: a counter shared by both passes",
         "snapshot.cumulative_length = counter.clone()",
         "pass",
-        "features/test_generation.py -k 'kinds_of_caches and static and Llama'",
+        "features/test_generation.py features/test_caches.py -k static",
     ),
     Mutant(
         "cache: continued without the adapter after unload",
@@ -270,7 +270,7 @@ IN_A_FORWARD = [
         "cache: the caller gets that of pass 2 inside of an encoder-decoder's",
         "item.self_attention_cache = self.cache",
         "pass",
-        f"{GENERATION}T5",
+        "families/test_transformers.py -k cross_attention",
     ),
     Mutant(
         "cache: pages of continuous batching",
