@@ -66,7 +66,6 @@ def _run_pytest(root: Path, arguments: list[str], log: Path) -> None:
         del sys.modules[name]
     os.chdir(root)
     sys.path.insert(0, str(root))
-    sys.dont_write_bytecode = True
     os._exit(pytest.main(["-x", "-q", "--tb=line", "-p", "no:cacheprovider", "-p", "no:xdist", *arguments]))
 
 
@@ -80,7 +79,7 @@ def _outcome(exit_code: int, output: str) -> str:
 def try_mutant(mutant: Mutant, root: Path, with_all: bool) -> str:
     """What became of a mutant."""
     shutil.rmtree(root / PACKAGE, ignore_errors=True)
-    shutil.copytree(ROOT / PACKAGE, root / PACKAGE, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / PACKAGE, root / PACKAGE)
     place = place_of(mutant, root)
     if place is None:
         return "text not found once"

@@ -294,7 +294,8 @@ def set_all_of_linear2(model: PeftModel) -> None:
             parameter.fill_(0.1)
 
 
-@pytest.mark.parametrize(("model_class", "variant"), zip(CONVNEXT_AND_RESNET, ["lite", "middle"], strict=True))
+@pytest.mark.slow
+@pytest.mark.parametrize(("model_class", "variant"), [*zip(CONVNEXT_AND_RESNET, ["lite", "middle"], strict=True)])
 def test_compiled_in_one_graph(model_class: type, variant: str) -> None:
     plain, model = (steered(tiny_model(model_class), **VARIANTS[variant]).train() for _ in range(2))
     torch.compiler.reset()

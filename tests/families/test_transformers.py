@@ -176,13 +176,17 @@ def test_hybrid_gets_feedback_where_it_has_value_projections(model_class: type, 
     torch.testing.assert_close(torch.stack(found.logits), torch.stack(recomputed.logits), rtol=1e-4, atol=1e-4)
 
 
+def with_cross_attention(model_class: type) -> nn.Module:
+    row = next(row for cls, row in OTHERS.items() if cls.__name__[:4] == model_class.__name__[:4])
+    torch.manual_seed(0)
+    return model_class(row.config_class(**row.options, is_decoder=True, add_cross_attention=True)).eval()
+
+
 @pytest.mark.parametrize("variant", RANGES)
 @pytest.mark.parametrize("model_class", [tf.RobertaForCausalLM, tf.GPT2LMHeadModel])
 def test_decoder_with_cross_attention_of_its_own(model_class: type, variant: str) -> None:
     """As in an encoder-decoder of two models: the keys and values of the encoder's states are cached too."""
-    row = next(row for cls, row in OTHERS.items() if cls.__name__[:4] == model_class.__name__[:4])
-    torch.manual_seed(0)
-    base = model_class(row.config_class(**row.options, is_decoder=True, add_cross_attention=True)).eval()
+    base = with_cross_attention(model_class)
     model = adapted(base, **RANGES[variant])
     steer(model)
     ids, states = inputs_of(model)["input_ids"], torch.randn(2, 3, 32)
@@ -193,3 +197,10 @@ def test_decoder_with_cross_attention_of_its_own(model_class: type, variant: str
         rest = model(input_ids=ids[:, 6:], encoder_hidden_states=states, **{CACHE: cache}).logits
     assert isinstance(cache, tf.EncoderDecoderCache) and all(cache.is_updated.values())
     torch.testing.assert_close(torch.cat([first.logits, rest], dim=1), whole, rtol=1e-4, atol=1e-4)
+
+
+def test_cache_that_the_model_adds_one_for_its_cross_attention_to_stays_the_callers() -> None:
+    model = adapted(with_cross_attention(tf.GPT2LMHeadModel))
+    cache = tf.DynamicCache(config=model.config)
+    found = model(**inputs_of(model), encoder_hidden_states=torch.randn(2, 3, 32), **{CACHE: cache})[CACHE]
+    assert isinstance(found, tf.EncoderDecoderCache) and found.self_attention_cache is cache

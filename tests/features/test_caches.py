@@ -84,9 +84,13 @@ def base_model_compiles() -> bool:
     return True
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("compiles_static_caches")
-@pytest.mark.parametrize("variant", ["full", "early", "late", "middle"])
-@pytest.mark.parametrize("model_class", [tf.LlamaForCausalLM, tf.Gemma3ForCausalLM])
+@pytest.mark.parametrize(
+    ("model_class", "variant"),
+    [(tf.LlamaForCausalLM, "full"), (tf.LlamaForCausalLM, "early"), (tf.LlamaForCausalLM, "late")]
+    + [(tf.Gemma3ForCausalLM, "middle")],
+)
 def test_compiled_decoding_with_a_static_cache(model_class: type, variant: str) -> None:
     model = decoder(model_class, variant)
     with torch.compiler.set_stance("force_eager"):

@@ -1,7 +1,6 @@
 """Gradients of what is trained along, no graph where none is needed, and gradient checkpointing."""
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -294,11 +293,14 @@ def test_checkpointing_saves_memory_and_recomputes(model_class: type, use_reentr
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 @pytest.mark.parametrize("model_class", VIT_AND_LLAMA)
 def test_unload_leaves_the_base_models_checkpointing(model_class: type, use_reentrant: bool) -> None:
-    plain = tiny_model(model_class).train()
-    model = checkpointed(model_class, use_reentrant, before=True)
+    plain, base = tiny_model(model_class).train(), tiny_model(model_class)
+    enable_checkpointing(base, use_reentrant)
+    functions = [block._gradient_checkpointing_func for block in blocks_of(base)]
+    model = steered(base).train()
     loss_of(model).backward()
     base = model.unload().requires_grad_(True)
-    assert isinstance(blocks_of(base)[0]._gradient_checkpointing_func, Callable)
+    for block, function in zip(blocks_of(base), functions, strict=True):
+        assert block._gradient_checkpointing_func is function
     base.zero_grad()
     for m in (plain, base):
         m.enable_input_require_grads()

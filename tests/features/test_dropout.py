@@ -134,3 +134,16 @@ def test_batch_norms_use_the_batch_also_in_a_first_pass_without_dropout() -> Non
         path.register_forward_pre_hook(lambda path, args: features.append(args[0]))
         output_of(model, inputs_of(base))
     torch.testing.assert_close(features[0], features[1])
+
+
+def test_first_pass_uses_up_no_random_numbers_whatever_draws_them() -> None:
+    """As some models do for each block, also where they do not leave out any."""
+    base = with_dropout(tf.ViTModel)
+    for block in blocks_of(base):
+        block.register_forward_pre_hook(draw)
+    model = adapted(copy.deepcopy(base))
+    torch.testing.assert_close(seeded_output(model, 0), seeded_output(base, 0), rtol=1e-5, atol=1e-5)
+
+
+def draw(*_: Any) -> None:
+    torch.rand(())

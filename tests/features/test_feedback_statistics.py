@@ -130,6 +130,7 @@ def test_gradient_checkpointing(use_reentrant: bool) -> None:
     assert not paths_of(model)[0].state.current.mask.requires_grad
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_class", VIT_AND_LLAMA)
 def test_compiled_forward_keeps_its_mask(model_class: type) -> None:
     """In one graph, and other numbers compile nothing again."""

@@ -183,6 +183,15 @@ def test_deleting_an_adapter(active: str, deleted: str, second: str) -> None:
     assert model.get_model_status().available_adapters == [left]
 
 
+def test_after_deleting_one_of_three_all_layers_agree_which_is_active() -> None:
+    """Each layer has others left, as these are of different blocks."""
+    model = with_two(tf.LlamaForCausalLM, {}, RANGES["early"])
+    model.add_adapter("third", TopDownConfig(**RANGES["late"]))
+    model.delete_adapter("default")
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == adapter_parameters(model, model.active_adapter).keys()
+
+
 def test_deleting_all_adapters_gives_the_base_model() -> None:
     model = with_two(tf.ViTModel, {}, {"r": 4})
     for name in ("default", "other"):

@@ -92,7 +92,7 @@ IN_A_FORWARD = [
         "pass 1: a graph of a frozen model",
         "torch.is_grad_enabled() and self._first_pass_is_trained(run, kwargs)",
         "torch.is_grad_enabled()",
-        "features/test_checkpointing.py -k 'frozen_model and ViT'",
+        "features/test_checkpointing.py -k 'only_checkpointing_wants'",
     ),
     Mutant(
         "pass 1: inputs that want a gradient do not count",
@@ -162,12 +162,6 @@ IN_A_FORWARD = [
         "features/test_dropout.py -k 'first_pass_in_the_graph and ViT'",
     ),
     Mutant(
-        "checkpoint: output without its graph",
-        "[block] = self.blocks\n        block.note(run, hidden_states, output)",
-        "pass",
-        "features/test_checkpointing.py -k 'trained_embeddings and ViT and full'",
-    ),
-    Mutant(
         "checkpoint: function left wrapped after unload",
         "setattr(module, _FUNCTION, checkpoint.checkpoint)",
         "pass",
@@ -177,7 +171,7 @@ IN_A_FORWARD = [
         "dropout: uses up random numbers in pass 1",
         "else torch.random.fork_rng(devices=[]):",
         "else nullcontext():",
-        "features/test_dropout.py -k 'no_op_adapter_trains and Wav2Vec2'",
+        "features/test_dropout.py -k uses_up_no_random_numbers",
     ),
     Mutant(
         "dropout: batch norms in evaluation mode in pass 1",
@@ -245,7 +239,7 @@ IN_A_FORWARD = [
         "cache: a counter shared by both passes",
         "snapshot.cumulative_length = counter.clone()",
         "pass",
-        "features/test_generation.py -k 'kinds_of_caches and static and Llama'",
+        "features/test_generation.py features/test_caches.py -k static",
     ),
     Mutant(
         "cache: continued without the adapter after unload",
@@ -281,7 +275,7 @@ IN_A_FORWARD = [
         "cache: the caller gets that of pass 2 inside of an encoder-decoder's",
         "item.self_attention_cache = self.cache",
         "pass",
-        f"{GENERATION}T5",
+        "families/test_transformers.py -k cross_attention",
     ),
     Mutant(
         "cache: pages of continuous batching",

@@ -77,7 +77,7 @@ AROUND_IT = [
         "delete: layers disagree about what is active",
         "        if self.active_adapter:\n            self.set_adapter(self.active_adapter)\n",
         "",
-        "features/test_peft_contract.py -k deleting_an_adapter",
+        "features/test_peft_contract.py -k deleting",
     ),
     Mutant(
         "injection: not undone when it fails",
@@ -89,7 +89,7 @@ AROUND_IT = [
         "injection: requires_grad not put back",
         "parameter.requires_grad = requires_grad",
         "pass",
-        "features/test_errors.py -k leaves_the_adapter_before",
+        "features/test_errors.py -k with_a_config_given",
     ),
     Mutant(
         "injection: an adapter of the same name stays",
