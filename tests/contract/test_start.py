@@ -49,6 +49,7 @@ def outputs_and_buffers(model: nn.Module) -> list[torch.Tensor]:
 def test_official_start_changes_the_output(model_class: type, r: int) -> None:
     base = tiny_model(model_class)
     expected = output_of(base)
+    torch.manual_seed(1)  # with some random prompts no token of so short an input is open
     assert not torch.equal(output_of(adapted(base, r=r, init_weights=False)), expected)
 
 
