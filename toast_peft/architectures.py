@@ -19,7 +19,8 @@ class Architecture:
         normalize_features: whether the feedback starts from the features after `final_norm`. The official code does so
             for ViT, whose final norm all tokens pass, and not for LLaMA.
         fused: how queries, keys and values lie in the output of a projection that computes all three: one after the
-            other, or so for each key-value head. `None` if it computes only values.
+            other, or so for each key-value head; or keys and values only, one after the other. `None` if it computes
+            only values.
         has_cache: whether the backbone fills a key-value cache. Some encoders take one, but fill it only if their
             config says that they are decoders.
     """
@@ -28,7 +29,7 @@ class Architecture:
     value_projection: str
     final_norm: str | None
     normalize_features: bool = False
-    fused: Literal["one after the other", "by key-value head"] | None = None
+    fused: Literal["one after the other", "by key-value head", "keys and values"] | None = None
     has_cache: bool = True
 
 

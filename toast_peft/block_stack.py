@@ -15,6 +15,7 @@ from .architectures import (
     Architecture,
 )
 from .config import TopDownConfig
+from .structure import architectures_by_structure
 from .value_projection import ValueColumns, input_size, output_size
 
 # The last part of the name of projections that compute more than values. Adding the feedback to their input would
@@ -91,7 +92,8 @@ def find_block_stacks(model: nn.Module, config: TopDownConfig) -> list[BlockStac
     """
     known = known_backbones(model)
     if config.target_modules is None:
-        stacks = _stacks_by_model_type(model, known)
+        found, reasons = architectures_by_structure(model, known)
+        stacks = _stacks_by_architecture(model, known | found, reasons)
     else:
         stacks = _stacks_by_target_modules(model, known, config)
     for stack in stacks:
@@ -133,7 +135,9 @@ def join_names(*names: str) -> str:
     return ".".join(name for name in names if name)
 
 
-def _stacks_by_model_type(model: nn.Module, known: dict[str, Architecture]) -> list[BlockStack]:
+def _stacks_by_architecture(
+    model: nn.Module, known: dict[str, Architecture], reasons: list[str]
+) -> list[BlockStack]:
     if not known:
         for module in model.modules():
             _refuse_unsuitable(module)
@@ -325,7 +329,7 @@ def _make_stack(
         normalize_features=architecture is not None and architecture.normalize_features,
         model_type=model_type_of(backbone),
         has_cache=_has_cache(backbone, architecture),
-        value_columns=_value_columns(backbone, architecture, model.get_submodule(next(iter(names)))),
+        value_columns=_value_columns(_config_around(model, backbone_name), architecture, model, next(iter(names))),
         value_projections={index: model.get_submodule(name) for name, index in names.items()},
         names=names,
     )
@@ -335,16 +339,35 @@ def _has_cache(backbone: nn.Module, architecture: Architecture | None) -> bool:
     return architecture is None or architecture.has_cache or getattr(backbone.config, "is_decoder", False)
 
 
+def _config_around(model: nn.Module, name: str) -> Any:
+    """The config of a module, or of the nearest one around it that has one."""
+    module = model.get_submodule(name)
+    if hasattr(module, "config") or not name:
+        return getattr(module, "config", None)
+    return _config_around(model, name.rpartition(".")[0])
+
+
 def _value_columns(
-    backbone: nn.Module, architecture: Architecture | None, projection: nn.Module
+    config: Any, architecture: Architecture | None, model: nn.Module, name: str
 ) -> ValueColumns | None:
-    """Where the values are in a fused projection, whose other columns are queries and keys."""
+    """Where the values are in a fused projection, whose other columns are queries and keys.
+
+    Raises:
+        ValueError: if it has not the size that its heads have together.
+    """
     if architecture is None or architecture.fused is None:
         return None
-    config = backbone.config
+    size = output_size(model.get_submodule(name))
+    if architecture.fused == "keys and values":
+        return ValueColumns(parts=1, columns=size // 2)
     query_heads = getattr(config, "num_attention_heads", None) or config.num_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // query_heads
-    key_value_heads = (output_size(projection) // head_size - query_heads) // 2
+    key_value_heads = (size // head_size - query_heads) // 2
+    if key_value_heads < 1 or (query_heads + 2 * key_value_heads) * head_size != size:
+        raise ValueError(
+            f"{name} gives {size} channels, which is not what {query_heads} queries with as many or fewer keys and "
+            f"values of {head_size} channels each need; name a layer that computes only values with `target_modules`."
+        )
     if architecture.fused == "by key-value head":
         return ValueColumns(parts=key_value_heads, columns=head_size)
     return ValueColumns(parts=1, columns=key_value_heads * head_size)

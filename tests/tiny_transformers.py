@@ -1,0 +1,165 @@
+"""A tiny random model of any model type of transformers, made from its config class, and inputs that it takes."""
+
+import contextlib
+import dataclasses
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+_VOCABULARY = 99
+_FIRST_SPECIAL = 60  # tokens from here on stand for images and the like
+_NUM_TOKENS = 9
+
+# Field of a config -> its value, in whichever config class has such a field.
+_SIZES: dict[str, Any] = {
+    **dict.fromkeys(["hidden_size", "d_model", "n_embd", "dim", "emb_dim", "embed_dim", "hidden_dim"], 32),
+    **dict.fromkeys(["width", "text_hidden_size", "encoder_hidden_size", "vision_hidden_size", "d_inner_hid"], 32),
+    **dict.fromkeys(["projection_dim", "out_hidden_size", "output_hidden_size", "embedding_size"], 32),
+    **dict.fromkeys(["encoder_hidden_dim", "hidden_size_per_layer_input", "decoder_hidden_size"], 32),
+    **dict.fromkeys(["intermediate_size", "ffn_dim", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim", "n_inner"], 48),
+    **dict.fromkeys(["ffn_hidden_size", "mlp_dim", "dim_feedforward", "encoder_intermediate_size"], 48),
+    **dict.fromkeys(["moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"], 16),
+    **dict.fromkeys(["num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth", "num_blocks"], 4),
+    **dict.fromkeys(["encoder_layers", "decoder_layers", "num_encoder_layers", "num_decoder_layers"], 2),
+    **dict.fromkeys(["encoder_num_hidden_layers", "decoder_num_hidden_layers", "decoder_num_layers"], 2),
+    **dict.fromkeys(["num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads"], 4),
+    **dict.fromkeys(["encoder_attention_heads", "decoder_attention_heads", "encoder_num_attention_heads"], 4),
+    **dict.fromkeys(["decoder_num_attention_heads", "num_encoder_attention_heads", "num_decoder_attention_heads"], 4),
+    **dict.fromkeys(["head_dim", "d_kv", "kv_channels", "attention_head_dim", "attention_head_size"], 8),
+    **dict.fromkeys(["vocab_size", "text_vocab_size", "decoder_vocab_size", "vocab_size_per_layer_input"], _VOCABULARY),
+    **dict.fromkeys(["max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "max_target_positions"], 64),
+    **dict.fromkeys(["max_source_positions", "num_mel_bins", "max_text_len"], 64),
+    **dict.fromkeys(["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"], 4),
+    **dict.fromkeys(["num_experts_per_tok", "moe_k", "num_experts_per_token", "moe_top_k", "n_group", "topk_group"], 2),
+    **{"n_shared_experts": 1, "first_k_dense_replace": 1, "sliding_window": 4, "attention_window": 4},
+    **{"image_size": 32, "patch_size": 8, "rotary_dim": 4, "num_frames": 4, "tubelet_size": 2, "query_pre_attn_scalar": 8},
+    **{"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "kv_lora_rank": 16, "q_lora_rank": 16},
+    **{"num_queries": 6, "mamba_d_state": 4, "mamba_d_conv": 4, "mamba_expand": 2, "num_conv_pos_embeddings": 8},
+    **{"conv_dim": (16, 16), "conv_stride": (2, 2), "conv_kernel": (3, 3), "num_conv_pos_embedding_groups": 2},
+    **{"num_register_tokens": 2, "max_window_layers": 2, "spatial_merge_size": 2, "temporal_patch_size": 2},
+    **{"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4},
+    **{"layerdrop": 0.0, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0, "apply_spec_augment": False},
+}
+_KEY_VALUE_HEADS = {"num_key_value_heads", "num_kv_heads", "n_kv_heads"}
+# What cannot be made smaller by the names of its fields alone.
+_OVERRIDES: dict[str, dict[str, Any]] = {}
+
+
+def tiny_config(config_class: type[PreTrainedConfig], **options: Any) -> PreTrainedConfig:
+    """A config of the class with few and narrow blocks, also of the models inside of it."""
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    default = config_class()
+    values = {name: value for name, value in _SIZES.items() if name in fields and _fits(getattr(default, name), value)}
+    for name in _KEY_VALUE_HEADS & set(fields):
+        values[name] = 2 if getattr(default, name) != getattr(default, "num_attention_heads", None) else 4
+    specials = [name for name in fields if name.endswith(("_token_id", "_token_index")) and _is_large(default, name)]
+    values |= {name: _FIRST_SPECIAL + index for index, name in enumerate(specials)}
+    values |= {name: value for name, value in zip(("pad_token_id", "bos_token_id"), (0, 1)) if name in fields}
+    for name in config_class.sub_configs:
+        inner = getattr(default, name, None)
+        if isinstance(inner, PreTrainedConfig):
+            values[name] = tiny_config(type(inner))
+    return config_class(**values | _OVERRIDES.get(config_class.model_type, {}) | options)
+
+
+def _fits(default: Any, value: Any) -> bool:
+    """Whether a field holds one number, and not one for each stage."""
+    return default is None or isinstance(default, (list, tuple)) == isinstance(value, tuple)
+
+
+def _is_large(config: PreTrainedConfig, name: str) -> bool:
+    value = getattr(config, name)
+    return isinstance(value, int) and value > 2
+
+
+def auto_mapping_of(model_type: str) -> str | None:
+    """The mapping of the class that generates with this type, else of the bare model, else of one with a head."""
+    generating = ("SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "MULTIMODAL_LM", "IMAGE_TEXT_TO_TEXT", "CAUSAL_LM")
+    names = [f"MODEL_FOR_{head}_MAPPING" for head in generating] + ["MODEL_MAPPING"]
+    names += [name for name in dir(modeling_auto) if name.startswith("MODEL_FOR_") and name.endswith("_MAPPING")]
+    return next((name for name in names if model_type in getattr(modeling_auto, name)._model_mapping), None)
+
+
+def model_class_of(model_type: str) -> type[nn.Module]:
+    found = getattr(modeling_auto, auto_mapping_of(model_type))[CONFIG_MAPPING[model_type]]
+    return found[0] if isinstance(found, (list, tuple)) else found
+
+
+def tiny_model(model_type: str, **options: Any) -> nn.Module:
+    """A model in eval mode with random weights, always the same."""
+    torch.manual_seed(0)
+    config = tiny_config(CONFIG_MAPPING[model_type], **options)
+    model = model_class_of(model_type)(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape).to(parameter.dtype))
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.eos_token_id = None
+    return model.eval()
+
+
+def inputs_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Inputs that the model runs with.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    errors = []
+    for inputs in _candidates(model):
+        try:
+            with torch.no_grad():
+                output = first_tensor(model(**inputs))
+            if not output.isfinite().all():
+                raise ValueError("its output is not finite")
+            return inputs
+        except Exception as error:  # noqa: BLE001 - whatever the model says to inputs that it does not take
+            errors.append(f"{type(error).__name__}: {error}".splitlines()[0][:100])
+    raise ValueError(errors[0] if errors else "no inputs are known")
+
+
+def first_tensor(output: Any) -> torch.Tensor:
+    """The first floating tensor of an output, the logits or the last hidden states."""
+    if isinstance(output, torch.Tensor):
+        return output
+    values = output.values() if isinstance(output, dict) else output
+    for value in values:
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel() > 1:
+            return value
+        if isinstance(value, (tuple, list)):
+            with contextlib.suppress(StopIteration):
+                return first_tensor(value)
+    raise StopIteration
+
+
+def _candidates(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(2)
+    parameters = inspect.signature(model.forward).parameters
+    ids = torch.randint(3, _FIRST_SPECIAL - 20, (2, _NUM_TOKENS), generator=generator)
+    of_text = {"input_ids": ids, "decoder_input_ids": ids.flip(0)}
+    of_text = {name: value for name, value in of_text.items() if name in parameters}
+    images = [torch.randn(2, *shape, generator=generator) for shape in _image_shapes(model.config)]
+    sounds = [torch.randn(shape, generator=generator) for shape in ((2, 64, 64), (2, 128, 64), (2, 64, 128), (2, 320))]
+    if of_text:
+        yield of_text
+    for name in ("pixel_values", "pixel_values_videos"):
+        if name in parameters:
+            yield from ({name: value, **of_text} for value in images)
+            yield from ({name: value} for value in images)
+    for name in ("input_features", "input_values", "audio_values", "input_ids"):
+        if name in parameters:
+            yield from ({name: value} | {n: v for n, v in of_text.items() if n != name} for value in sounds)
+
+
+def _image_shapes(config: PreTrainedConfig) -> list[tuple[int, ...]]:
+    inner = next((part for part in (getattr(config, "vision_config", None), config) if part is not None), config)
+    size = getattr(inner, "image_size", 32)
+    size = size if isinstance(size, (list, tuple)) else (size, size)
+    channels = getattr(inner, "num_channels", 3)
+    shapes = [(channels, *size), (4, channels, *size), (channels, 64, 64), (channels, 224, 224)]
+    return [shape for shape in shapes if all(isinstance(part, int) for part in shape)]
