@@ -38,7 +38,7 @@ from toast_peft.architectures import ARCHITECTURES, CONVOLUTIONAL_ARCHITECTURES,
 from toast_peft.feedback import FeedbackPath
 from toast_peft.value_projection import ValueHooks
 
-from .tiny_transformers import auto_mapping_of, first_tensor, inputs_of, tiny_model
+from .tiny_transformers import auto_mapping_of, first_tensor, tiny_model
 
 _TIME_LIMIT = 60  # seconds for each model type
 _FOUND_BY_ROW = {*ARCHITECTURES, *CONVOLUTIONAL_ARCHITECTURES, *HIERARCHICAL_ARCHITECTURES}
@@ -64,11 +64,9 @@ def model_types() -> list[str]:
 def examine(model_type: str) -> Row:
     """Build a model of the type, adapt it and check it."""
     try:
-        base = tiny_model(model_type)
-        inputs = inputs_of(base)
+        base, inputs = tiny_model(model_type)
         expected = outputs_of(base, inputs)
         generated = _cached_and_not(base, inputs)
-        columns = None
     except Exception as error:  # the model itself
         return Row(model_type, "", "not tried", f"{type(error).__name__}: {error}")
     try:
@@ -84,7 +82,7 @@ def examine(model_type: str) -> Row:
         ("values", lambda: _check_values(model, inputs)),
         ("gradients", lambda: _check_gradients(model, inputs)),
         ("cache", lambda: _check_cache(model, inputs, generated)),
-        ("loading", lambda: _check_loading(model, inputs, tiny_model(model_type), expected)),
+        ("loading", lambda: _check_loading(model, inputs, tiny_model(model_type)[0], expected)),
     )
     passed = []
     for name, check in checks:
@@ -215,7 +213,9 @@ def _check_gradients(model: nn.Module, inputs: dict[str, torch.Tensor]) -> None:
     output = first_tensor(model(**inputs)).float()
     loss = (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().tanh() + output.square().mean()
     loss.backward()
-    without = [name for name, p in model.named_parameters() if p.requires_grad and not (p.grad is not None and p.grad.any())]
+    without = [
+        name for name, p in model.named_parameters() if p.requires_grad and not (p.grad is not None and p.grad.any())
+    ]
     model.zero_grad()
     assert not without, f"none for {without[0]} and {len(without) - 1} more"
 
@@ -260,7 +260,9 @@ def _check_loading(model: nn.Module, inputs: dict[str, torch.Tensor], base: nn.M
 
 
 def sweep(types: list[str]) -> Iterator[Row]:
-    """Examine each model type in a process of its own."""
+    """Examine each model type in a process of its own, forked from one that has imported what they share."""
+    for model_type in ("bert", "llava", "whisper"):
+        examine(model_type)
     context = multiprocessing.get_context("fork")
     for model_type in types:
         receiver, sender = context.Pipe(duplex=False)

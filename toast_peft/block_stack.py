@@ -15,7 +15,7 @@ from .architectures import (
     Architecture,
 )
 from .config import TopDownConfig
-from .structure import architectures_by_structure
+from .structure import architectures_by_structure, join_names, log_found
 from .value_projection import ValueColumns, input_size, output_size
 
 # The last part of the name of projections that compute more than values. Adding the feedback to their input would
@@ -92,8 +92,7 @@ def find_block_stacks(model: nn.Module, config: TopDownConfig) -> list[BlockStac
     """
     known = known_backbones(model)
     if config.target_modules is None:
-        found, reasons = architectures_by_structure(model, known)
-        stacks = _stacks_by_architecture(model, known | found, reasons)
+        stacks = _stacks_without_target_modules(model, known)
     else:
         stacks = _stacks_by_target_modules(model, known, config)
     for stack in stacks:
@@ -131,37 +130,38 @@ def find_submodule(module: nn.Module, path: str) -> nn.Module | None:
         return None
 
 
-def join_names(*names: str) -> str:
-    return ".".join(name for name in names if name)
-
-
-def _stacks_by_architecture(
-    model: nn.Module, known: dict[str, Architecture], reasons: list[str]
-) -> list[BlockStack]:
-    if not known:
+def _stacks_without_target_modules(model: nn.Module, known: dict[str, Architecture]) -> list[BlockStack]:
+    """The stacks whose model type has a row, and those that are found by their structure."""
+    found, reasons = architectures_by_structure(model, known)
+    chosen = known | found
+    if len(chosen) + len(reasons) > 1:
+        chosen, reasons = _wanted(model, chosen, reasons)
+    if not chosen or (reasons and _is_encoder_decoder(model)):
         for module in model.modules():
             _refuse_unsuitable(module)
-        types = sorted([*ARCHITECTURES, *HIERARCHICAL_ARCHITECTURES, *CONVOLUTIONAL_ARCHITECTURES])
         raise ValueError(
-            f"TOAST does not know where the value projections of {type(model).__name__} (model type "
-            f"{model_type_of(model)!r}) are. Known model types: {', '.join(types)}. For any other transformer name "
-            "them with `target_modules`, one linear layer in each block that computes only the values of its "
-            "attention, for example target_modules=['v_proj'] or a regular expression."
+            f"TOAST does not know which layers of {type(model).__name__} (model type {model_type_of(model)!r}) compute "
+            f"the values of its attention: {'; '.join(reasons.values()) or 'no list of blocks has a layer with one of the usual names'}. "
+            "If one linear layer in each block does, and nothing else, name them with `target_modules`, for example "
+            "target_modules=['v_proj'] or a regular expression."
         )
-    if len(known) > 1 and not _is_encoder_decoder(model):
-        known = _language_model_only(model, known)
-    if len(known) > 1 and not _is_encoder_decoder(model):
+    if len(chosen) > 1 and not _is_encoder_decoder(model):
         raise ValueError(
-            f"{type(model).__name__} has several stacks of blocks: {sorted(known)}. Choose one with `target_modules`, "
-            f"for example target_modules=r'{re.escape(min(known))}\\..*v_proj'."
+            f"{type(model).__name__} has several stacks of blocks: {sorted(chosen)}. Choose one with `target_modules`, "
+            f"for example target_modules=r'{re.escape(min(chosen))}\\..*{_last_name(chosen[min(chosen)])}'."
         )
     stacks = []
-    for backbone_name, architecture in known.items():
+    for backbone_name, architecture in chosen.items():
         prefix = join_names(backbone_name, architecture.blocks)
-        indices = range(len(model.get_submodule(prefix)))
-        names = {join_names(prefix, str(index), architecture.value_projection): index for index in indices}
+        names = {
+            join_names(prefix, str(index), architecture.value_projection): index
+            for index, block in enumerate(model.get_submodule(prefix))
+            if backbone_name in known or find_submodule(block, architecture.value_projection) is not None
+        }
         _check_value_projections_are_there(model, names)
         stacks.append(_make_stack(model, backbone_name, prefix, architecture, names))
+        if backbone_name in found:
+            log_found(model, backbone_name, architecture)
     return stacks
 
 
@@ -169,11 +169,22 @@ def _is_encoder_decoder(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
-def _language_model_only(model: nn.Module, known: dict[str, Architecture]) -> dict[str, Architecture]:
-    """The stack that transformers calls the decoder of a vision-language model; all if there is none."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    found = {name: row for name, row in known.items() if model.get_submodule(name) is decoder}
-    return found or known
+def _last_name(architecture: Architecture) -> str:
+    return architecture.value_projection.rpartition(".")[2]
+
+
+def _wanted(
+    model: nn.Module, chosen: dict[str, Architecture], reasons: dict[str, str]
+) -> tuple[dict[str, Architecture], dict[str, str]]:
+    """Of several stacks those of the language model, which transformers calls the decoder, and of its encoder."""
+    getters = ["get_encoder", "get_decoder"] if _is_encoder_decoder(model) else ["get_decoder"]
+    parts = [getattr(model, getter)() for getter in getters if hasattr(model, getter)]
+    inside = {id(module) for part in parts if part is not None and part is not model for module in part.modules()}
+    stacks, refused = (
+        {name: value for name, value in found.items() if id(model.get_submodule(name)) in inside}
+        for found in (chosen, reasons)
+    )
+    return (stacks, refused) if stacks or refused else (chosen, reasons)
 
 
 def _check_value_projections_are_there(model: nn.Module, names: dict[str, int]) -> None:
@@ -329,7 +340,7 @@ def _make_stack(
         normalize_features=architecture is not None and architecture.normalize_features,
         model_type=model_type_of(backbone),
         has_cache=_has_cache(backbone, architecture),
-        value_columns=_value_columns(_config_around(model, backbone_name), architecture, model, next(iter(names))),
+        value_columns=_value_columns(backbone, architecture, model, next(iter(names))),
         value_projections={index: model.get_submodule(name) for name, index in names.items()},
         names=names,
     )
@@ -339,16 +350,8 @@ def _has_cache(backbone: nn.Module, architecture: Architecture | None) -> bool:
     return architecture is None or architecture.has_cache or getattr(backbone.config, "is_decoder", False)
 
 
-def _config_around(model: nn.Module, name: str) -> Any:
-    """The config of a module, or of the nearest one around it that has one."""
-    module = model.get_submodule(name)
-    if hasattr(module, "config") or not name:
-        return getattr(module, "config", None)
-    return _config_around(model, name.rpartition(".")[0])
-
-
 def _value_columns(
-    config: Any, architecture: Architecture | None, model: nn.Module, name: str
+    backbone: nn.Module, architecture: Architecture | None, model: nn.Module, name: str
 ) -> ValueColumns | None:
     """Where the values are in a fused projection, whose other columns are queries and keys.
 
@@ -360,6 +363,7 @@ def _value_columns(
     size = output_size(model.get_submodule(name))
     if architecture.fused == "keys and values":
         return ValueColumns(parts=1, columns=size // 2)
+    config = backbone.config
     query_heads = getattr(config, "num_attention_heads", None) or config.num_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // query_heads
     key_value_heads = (size // head_size - query_heads) // 2

@@ -6,13 +6,11 @@ cannot tell is left as it is in most models: the features do not pass the final 
 """
 
 import logging
-from collections import Counter
-from typing import Any
 
 from torch import nn
 
 from .architectures import Architecture
-from .value_projection import input_size, output_size
+from .value_projection import input_size
 
 _logger = logging.getLogger(__name__)
 
@@ -42,7 +40,7 @@ _RECURRENT = ("linearattention", "lightning", "delta", "mamba", "rwkv", "xlstm",
 
 def architectures_by_structure(
     model: nn.Module, known: dict[str, Architecture]
-) -> tuple[dict[str, Architecture], list[str]]:
+) -> tuple[dict[str, Architecture], dict[str, str]]:
     """Find each stack of blocks outside of the known ones.
 
     Args:
@@ -50,26 +48,26 @@ def architectures_by_structure(
         known: the backbones whose model type has a row, by their names.
 
     Returns:
-        For each backbone its row, by the name of the backbone in the model; and of each list that looks like a stack
-        and is none that TOAST can steer, a sentence that says why.
+        For each backbone, by its name in the model, its row; and for each list that looks like a stack and is none
+        that TOAST can steer, by its name, why.
     """
     found: dict[str, Architecture] = {}
-    reasons: list[str] = []
+    reasons: dict[str, str] = {}
     for name, blocks in _outermost_lists(model, known):
         try:
-            architecture = _architecture(model, name, blocks)
+            backbone_name, architecture = _architecture(model, name, blocks)
+            if backbone_name in found:
+                other = join_names(backbone_name, found.pop(backbone_name).blocks)
+                raise ValueError(f"{other} and {name} are two lists of blocks in one module")
         except ValueError as error:
-            reasons.append(str(error))
-            continue
-        if architecture is None:
-            continue
-        backbone_name, row = architecture
-        if backbone_name in found:
-            other = f"{backbone_name}.{found.pop(backbone_name).blocks}".lstrip(".")
-            reasons.append(f"{other} and {name} are two lists of blocks in one module")
-            continue
-        found[backbone_name] = row
+            reasons[name] = str(error)
+        else:
+            found[backbone_name] = architecture
     return found, reasons
+
+
+def join_names(*names: str) -> str:
+    return ".".join(name for name in names if name)
 
 
 def log_found(model: nn.Module, backbone_name: str, architecture: Architecture) -> None:
@@ -77,78 +75,93 @@ def log_found(model: nn.Module, backbone_name: str, architecture: Architecture) 
     _logger.info(
         "TOAST found the blocks of %s by their structure: %r, with the value projection %r%s in each.",
         type(model).__name__,
-        f"{backbone_name}.{architecture.blocks}".lstrip("."),
+        join_names(backbone_name, architecture.blocks),
         architecture.value_projection,
         f" (fused, {architecture.fused})" if architecture.fused else "",
     )
 
 
 def _outermost_lists(model: nn.Module, known: dict[str, Architecture]) -> list[tuple[str, nn.ModuleList]]:
-    """Lists that are in no other list that has value projections, and in no known backbone."""
+    """Lists of what has attention that are in no other such list, and in no known backbone."""
     lists: list[tuple[str, nn.ModuleList]] = []
+    taken = [f"{backbone}." if backbone else "" for backbone in known]
     for name, module in model.named_modules():
-        inside = [f"{other}." for other, _ in lists] + [f"{backbone}." if backbone else "" for backbone in known]
-        if isinstance(module, nn.ModuleList) and len(module) and not any(name.startswith(other) for other in inside):
-            if any(_value_projections(block) for block in module):
+        if isinstance(module, nn.ModuleList) and len(module) and not name.startswith(tuple(taken)):
+            if any(_value_projections(block) or _without_value_projection(block) for block in module):
                 lists.append((name, module))
+                taken.append(f"{name}.")
     return lists
 
 
 def _value_projections(block: nn.Module) -> list[str]:
-    """Paths from a block to all that its self-attention may compute values with."""
-    paths = []
+    """Paths from a block to what its self-attention computes values with."""
+    return [
+        path
+        for path, module in block.named_modules()
+        if path.rpartition(".")[2] in _VALUE_PROJECTIONS | _FUSED_PROJECTIONS.keys()
+        and input_size(module) is not None
+        and _is_in_self_attention(block, path)
+    ]
+
+
+def _is_in_self_attention(block: nn.Module, path: str) -> bool:
+    attention = type(block.get_submodule(path.rpartition(".")[0])).__name__.lower()
+    if "att" not in attention or any(part in attention for part in _RECURRENT):
+        return False
+    return not any(part in path.lower() or part in attention for part in _CROSS_ATTENTION)
+
+
+def _without_value_projection(block: nn.Module) -> str | None:
+    """Why the attention of a block has no layer for its values, if it has attention."""
     for path, module in block.named_modules():
-        parent, _, name = path.rpartition(".")
-        attention = type(block.get_submodule(parent)).__name__.lower()
-        if name not in _VALUE_PROJECTIONS and name not in _FUSED_PROJECTIONS or input_size(module) is None:
-            continue
-        around = path.lower()
-        if "att" not in attention or any(part in attention for part in _RECURRENT):
-            continue
-        if not any(part in around or part in attention for part in _CROSS_ATTENTION):
-            paths.append(path)
-    return paths
+        if path.rpartition(".")[2] in _LATENT:
+            return f"come from a latent ({path}), as in multi-head latent attention"
+        if isinstance(module, nn.MultiheadAttention):
+            return f"are computed by torch's nn.MultiheadAttention ({path}), which has no layer for them"
+    return None
 
 
-def _architecture(model: nn.Module, name: str, blocks: nn.ModuleList) -> tuple[str, Architecture] | None:
+def _architecture(model: nn.Module, name: str, blocks: nn.ModuleList) -> tuple[str, Architecture]:
+    """The name of the backbone that runs a list of blocks, and its row.
+
+    Raises:
+        ValueError: if it is not clear what the value projections are, or if there are none.
+    """
     paths = [_value_projections(block) for block in blocks]
-    several = next((found for found in paths if len(found) > 1), None)
-    if any(isinstance(block, nn.ModuleList) for block in blocks):
-        raise ValueError(f"{name} is a list of lists, one for each stage")
-    if several is not None:
-        raise ValueError(f"each block of {name} has several value projections: {', '.join(several)}")
-    counted = Counter(found[0] for found in paths if found)
-    if len(counted) > 1:
-        raise ValueError(f"the blocks of {name} have different value projections: {', '.join(sorted(counted))}")
-    [path] = counted
-    if "." not in path:
-        raise ValueError(f"{name} is a list of attention layers; expected one of blocks that hold them")
-    projections = [block.get_submodule(path) for block, found in zip(blocks, paths, strict=True) if found]
-    if len(set(map(id, projections))) < len(projections):
-        raise ValueError(f"some blocks of {name} are the same module")
+    _check_blocks(name, blocks, paths)
+    path = next(found[0] for found in paths if found)
     backbone_name = _runs(model, name)
-    backbone = model.get_submodule(backbone_name)
-    fused = _FUSED_PROJECTIONS.get(path.rpartition(".")[2])
-    row = Architecture(
-        name[len(backbone_name) :].lstrip("."),
-        path,
-        _final_norm(backbone, name[len(backbone_name) :].lstrip("."), input_size(projections[0])),
-        fused=fused,
-        has_cache=True,
-    )
-    return backbone_name, row
+    inside = name[len(backbone_name) :].lstrip(".")
+    final_norm = _final_norm(model.get_submodule(backbone_name), inside)
+    return backbone_name, Architecture(inside, path, final_norm, fused=_FUSED_PROJECTIONS.get(path.rpartition(".")[2]))
+
+
+def _check_blocks(name: str, blocks: nn.ModuleList, paths: list[list[str]]) -> None:
+    if any(isinstance(block, nn.ModuleList) for block in blocks):
+        raise ValueError(f"{name} is a list of lists, one for each stage; expected a list of blocks")
+    missing = [_without_value_projection(block) for block in blocks]
+    if any(missing):
+        raise ValueError(f"the values of {name} {next(filter(None, missing))}")
+    several = [found for found in paths if len(found) > 1]
+    if several:
+        raise ValueError(f"each of {name} has several value projections, {', '.join(several[0][:4])}")
+    different = sorted({path for found in paths for path in found})
+    if len(different) > 1:
+        raise ValueError(f"the blocks of {name} have different value projections, {', '.join(different)}")
+    if "." not in different[0]:
+        raise ValueError(f"{name} is a list of attention layers; expected one of blocks that hold them")
+    if len({id(block) for block in blocks}) < len(blocks):
+        raise ValueError(f"some blocks of {name} are one and the same module")
 
 
 def _runs(model: nn.Module, name: str) -> str:
-    """The name of the module that runs a list of blocks: the nearest one around it that has a forward."""
-    while name:
-        name = name.rpartition(".")[0]
-        if type(model.get_submodule(name)).forward is not nn.Module.forward:
-            return name
-    return name
+    """The name of the module that runs a list of blocks: the nearest one around it with a forward and a config."""
+    parents = [name.rsplit(".", depth)[0] for depth in range(1, name.count(".") + 1)] + [""]
+    with_forward = [parent for parent in parents if type(model.get_submodule(parent)).forward is not nn.Module.forward]
+    return next((parent for parent in with_forward if hasattr(model.get_submodule(parent), "config")), with_forward[0])
 
 
-def _final_norm(backbone: nn.Module, blocks: str, size: int) -> str | None:
+def _final_norm(backbone: nn.Module, blocks: str) -> str | None:
     """The one norm of the backbone that comes after its list of blocks."""
     names = [name for name, _ in backbone.named_children()]
     if blocks not in names:
