@@ -56,7 +56,8 @@ _SIZES: dict[str, Any] = {
     **{"conv_dim": (16, 16), "conv_stride": (2, 2), "conv_kernel": (3, 3), "num_conv_pos_embedding_groups": 2},
     **{"num_register_tokens": 2, "max_window_layers": 2, "spatial_merge_size": 2, "temporal_patch_size": 2},
     **{"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4},
-    **{"layerdrop": 0.0, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0, "apply_spec_augment": False},
+    **{"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_num_heads": 8, "mamba_head_dim": 8, "mamba_n_groups": 1, "n_groups": 2},
+    **{"ssm_state_size": 4, "layerdrop": 0.0, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0, "apply_spec_augment": False},
 }
 _KEY_VALUE_HEADS = {"num_key_value_heads", "num_kv_heads", "n_kv_heads"}
 _COUNTS = {"num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth", "encoder_layers", "decoder_layers"}
@@ -69,11 +70,16 @@ _TRIES = (
         if "kernel" not in name and "heads" not in name and "conv" not in name
     },
     {name: size for name, size in _SIZES.items() if name in _COUNTS or "vocab" in name or "experts" in name},
-    {name: size for name, size in _SIZES.items() if "vocab" in name},
 )
 _MOST_PARAMETERS = 40_000_000
 # What cannot be made smaller by the names of its fields alone.
-_OVERRIDES: dict[str, dict[str, Any]] = {}
+_OVERRIDES: dict[str, dict[str, Any]] = {
+    "chameleon": {"vocabulary_map": {"<image>": 64}},
+    "emu3": {"vocabulary_map": {"<image>": 64}},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2}},
+    **dict.fromkeys(["autoformer", "informer", "time_series_transformer"], {"prediction_length": 4}),
+    **dict.fromkeys(["qwen2_vl_text"], {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}),
+}
 
 
 def tiny_config(config_class: type[PreTrainedConfig], sizes: dict[str, Any] = _SIZES) -> PreTrainedConfig:

@@ -7,20 +7,18 @@ from typing import Any
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
-from .architectures import (
-    ARCHITECTURES,
-    CONVOLUTIONAL_ARCHITECTURES,
-    HIERARCHICAL_ARCHITECTURES,
-    UNSUITABLE,
-    Architecture,
-)
+from .architectures import ARCHITECTURES, UNSUITABLE, Architecture
 from .config import TopDownConfig
-from .structure import architectures_by_structure, join_names, log_found
+from .structure import (
+    FUSED_PROJECTIONS,
+    LATENT,
+    architectures_by_structure,
+    is_cross_attention,
+    join_names,
+    log_found,
+)
 from .value_projection import ValueColumns, input_size, output_size
 
-# The last part of the name of projections that compute more than values. Adding the feedback to their input would
-# change the queries or keys as well.
-_FUSED_PROJECTIONS = {"Wqkv", "c_attn", "in_proj", "kv_b_proj", "qkv", "qkv_proj", "query_key_value"}
 # The last part of the name of layers that compute something else than values.
 _NO_VALUE_PROJECTIONS = {
     *("q", "q_lin", "q_proj", "queries", "query", "query_proj", "to_q", "wq"),
@@ -28,8 +26,6 @@ _NO_VALUE_PROJECTIONS = {
     *("o", "o_proj", "out_lin", "out_proj", "output", "to_out", "wo"),
     *("c_fc", "c_proj", "down_proj", "fc1", "fc2", "gate_proj", "up_proj"),
 }
-# Attention to the states of an encoder. Its values are not of the tokens that the feedback is of.
-_CROSS_ATTENTION = {"EncDecAttention", "cross_attn", "crossattention", "encoder_attn"}
 
 
 @dataclass
@@ -91,10 +87,14 @@ def find_block_stacks(model: nn.Module, config: TopDownConfig) -> list[BlockStac
             value projection in each block of one stack, or if no block is left.
     """
     known = known_backbones(model)
+    found, reasons = architectures_by_structure(model, known)
     if config.target_modules is None:
-        stacks = _stacks_without_target_modules(model, known)
+        stacks = _stacks_by_architecture(model, known | found, reasons)
+        for name in found:
+            if any(stack.backbone is model.get_submodule(name) for stack in stacks):
+                log_found(model, name, found[name])
     else:
-        stacks = _stacks_by_target_modules(model, known, config)
+        stacks = _stacks_by_target_modules(model, known | found, config)
     for stack in stacks:
         _check_that_it_can_run_twice(model, stack)
     names = [name for stack in stacks for name in stack.names]
@@ -116,11 +116,16 @@ def known_backbones(model: nn.Module, architectures: dict[str, Any] = ARCHITECTU
     backbones = {}
     for name, module in model.named_modules():
         architecture = architectures.get(model_type_of(module))
-        if architecture is not None:
-            path = architecture.blocks if isinstance(architecture, Architecture) else architecture.stages
-            if isinstance(find_submodule(module, path), nn.ModuleList):
-                backbones[name] = architecture
+        if architecture is not None and _has_blocks_of(architecture, module):
+            backbones[name] = architecture
     return backbones
+
+
+def _has_blocks_of(architecture: Any, module: nn.Module) -> bool:
+    if not isinstance(architecture, Architecture):
+        return isinstance(find_submodule(module, architecture.stages), nn.ModuleList)
+    blocks = find_submodule(module, architecture.blocks)
+    return isinstance(blocks, nn.ModuleList) and all(find_submodule(b, architecture.value_projection) for b in blocks)
 
 
 def find_submodule(module: nn.Module, path: str) -> nn.Module | None:
@@ -130,38 +135,38 @@ def find_submodule(module: nn.Module, path: str) -> nn.Module | None:
         return None
 
 
-def _stacks_without_target_modules(model: nn.Module, known: dict[str, Architecture]) -> list[BlockStack]:
-    """The stacks whose model type has a row, and those that are found by their structure."""
-    found, reasons = architectures_by_structure(model, known)
-    chosen = known | found
-    if len(chosen) + len(reasons) > 1:
-        chosen, reasons = _wanted(model, chosen, reasons)
-    if not chosen or (reasons and _is_encoder_decoder(model)):
+def _stacks_by_architecture(
+    model: nn.Module, known: dict[str, Architecture], reasons: dict[str, str]
+) -> list[BlockStack]:
+    if len(known) + len(reasons) > 1:
+        known, reasons = _wanted(model, known, reasons)
+    if not known or (reasons and _is_encoder_decoder(model)):
         for module in model.modules():
             _refuse_unsuitable(module)
-        raise ValueError(
-            f"TOAST does not know which layers of {type(model).__name__} (model type {model_type_of(model)!r}) compute "
-            f"the values of its attention: {'; '.join(reasons.values()) or 'no list of blocks has a layer with one of the usual names'}. "
-            "If one linear layer in each block does, and nothing else, name them with `target_modules`, for example "
-            "target_modules=['v_proj'] or a regular expression."
+        why = (
+            "; ".join(reasons.values()) or "no list of blocks has a layer with one of the names that such layers have"
         )
-    if len(chosen) > 1 and not _is_encoder_decoder(model):
         raise ValueError(
-            f"{type(model).__name__} has several stacks of blocks: {sorted(chosen)}. Choose one with `target_modules`, "
-            f"for example target_modules=r'{re.escape(min(chosen))}\\..*{_last_name(chosen[min(chosen)])}'."
+            f"TOAST finds no value projections in {type(model).__name__} (model type {model_type_of(model)!r}): {why}. "
+            "If one linear layer in each block computes the values of its attention, and nothing else, name these "
+            "layers with `target_modules`, for example ['v_proj'] or a regular expression."
+        )
+    if len(known) > 1 and not _is_encoder_decoder(model):
+        first = min(known)
+        example = rf"{re.escape(first)}\..*{known[first].value_projection.rpartition('.')[2]}"
+        raise ValueError(
+            f"{type(model).__name__} has several stacks of blocks: {sorted(known)}. Choose one with `target_modules`, "
+            f"for example target_modules=r'{example}'."
         )
     stacks = []
-    for backbone_name, architecture in chosen.items():
+    for backbone_name, architecture in known.items():
         prefix = join_names(backbone_name, architecture.blocks)
         names = {
             join_names(prefix, str(index), architecture.value_projection): index
             for index, block in enumerate(model.get_submodule(prefix))
-            if backbone_name in known or find_submodule(block, architecture.value_projection) is not None
+            if find_submodule(block, architecture.value_projection) is not None
         }
-        _check_value_projections_are_there(model, names)
         stacks.append(_make_stack(model, backbone_name, prefix, architecture, names))
-        if backbone_name in found:
-            log_found(model, backbone_name, architecture)
     return stacks
 
 
@@ -185,15 +190,6 @@ def _wanted(
         for found in (chosen, reasons)
     )
     return (stacks, refused) if stacks or refused else (chosen, reasons)
-
-
-def _check_value_projections_are_there(model: nn.Module, names: dict[str, int]) -> None:
-    missing = [name for name in names if find_submodule(model, name) is None]
-    if missing:
-        raise ValueError(
-            f"{type(model).__name__} has no {_some(missing)}; its blocks are not those that TOAST knows of the model "
-            f"type {model_type_of(model)!r}. Name the value projections with `target_modules`."
-        )
 
 
 def _stacks_by_target_modules(
@@ -263,14 +259,13 @@ def _some(names: list[str]) -> str:
 
 
 def _check_value_projections(names: dict[str, int], config: TopDownConfig, architecture: Architecture | None) -> None:
-    fused = [name for name in names if name.rpartition(".")[2] in _FUSED_PROJECTIONS]
+    fused = [name for name in names if name.rpartition(".")[2] in {*FUSED_PROJECTIONS, *LATENT}]
     if fused and not (architecture and architecture.fused):
         raise ValueError(
             f"`target_modules={config.target_modules!r}` matches {_some(fused)}, which compute queries or keys as "
-            "well as values. TOAST steers the values only, and knows where they are in a fused projection only for "
-            f"these model types: {', '.join(sorted(name for name, row in ARCHITECTURES.items() if row.fused))}."
+            "well as values. TOAST steers the values only, and does not know where they are in the output of these."
         )
-    crossing = [name for name in names if _CROSS_ATTENTION & set(name.split("."))]
+    crossing = [name for name in names if is_cross_attention(name)]
     if crossing:
         raise ValueError(
             f"`target_modules={config.target_modules!r}` matches {_some(crossing)}, which attend to the states of an "

@@ -20,7 +20,7 @@ _VALUE_PROJECTIONS = {
 }
 # How projections that compute more than values are split, by the modelling code of all types of transformers 5.24
 # that have one of the name.
-_FUSED_PROJECTIONS = {
+FUSED_PROJECTIONS = {
     "c_attn": "one after the other",
     "in_proj": "by key-value head",  # DeBERTa
     "kv_proj": "keys and values",
@@ -31,7 +31,7 @@ _FUSED_PROJECTIONS = {
     "to_kv": "keys and values",
     "Wqkv": "one after the other",
 }
-_LATENT = {"kv_a_proj_with_mqa", "kv_b_proj", "kv_a_proj", "kv_down_proj"}
+LATENT = {"kv_a_proj_with_mqa", "kv_b_proj", "kv_a_proj", "kv_down_proj"}
 # Attention to the states of an encoder or of another modality, whose values are not of the tokens of the block.
 _CROSS_ATTENTION = ("cross", "encoder_attn", "encdec", "enc_dec", "inter_attention")
 # Their values go into a state that each token adds to.
@@ -98,7 +98,7 @@ def _value_projections(block: nn.Module) -> list[str]:
     return [
         path
         for path, module in block.named_modules()
-        if path.rpartition(".")[2] in _VALUE_PROJECTIONS | _FUSED_PROJECTIONS.keys()
+        if path.rpartition(".")[2] in _VALUE_PROJECTIONS | FUSED_PROJECTIONS.keys()
         and input_size(module) is not None
         and _is_in_self_attention(block, path)
     ]
@@ -108,13 +108,18 @@ def _is_in_self_attention(block: nn.Module, path: str) -> bool:
     attention = type(block.get_submodule(path.rpartition(".")[0])).__name__.lower()
     if "att" not in attention or any(part in attention for part in _RECURRENT):
         return False
-    return not any(part in path.lower() or part in attention for part in _CROSS_ATTENTION)
+    return not is_cross_attention(f"{path}.{attention}")
+
+
+def is_cross_attention(name: str) -> bool:
+    """Whether a module attends to the states of an encoder, or of another modality, by its name."""
+    return any(part in name.lower() for part in _CROSS_ATTENTION)
 
 
 def _without_value_projection(block: nn.Module) -> str | None:
     """Why the attention of a block has no layer for its values, if it has attention."""
     for path, module in block.named_modules():
-        if path.rpartition(".")[2] in _LATENT:
+        if path.rpartition(".")[2] in LATENT:
             return f"come from a latent ({path}), as in multi-head latent attention"
         if isinstance(module, nn.MultiheadAttention):
             return f"are computed by torch's nn.MultiheadAttention ({path}), which has no layer for them"
@@ -133,7 +138,7 @@ def _architecture(model: nn.Module, name: str, blocks: nn.ModuleList) -> tuple[s
     backbone_name = _runs(model, name)
     inside = name[len(backbone_name) :].lstrip(".")
     final_norm = _final_norm(model.get_submodule(backbone_name), inside)
-    return backbone_name, Architecture(inside, path, final_norm, fused=_FUSED_PROJECTIONS.get(path.rpartition(".")[2]))
+    return backbone_name, Architecture(inside, path, final_norm, fused=FUSED_PROJECTIONS.get(path.rpartition(".")[2]))
 
 
 def _check_blocks(name: str, blocks: nn.ModuleList, paths: list[list[str]]) -> None:
