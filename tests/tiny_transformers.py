@@ -3,13 +3,14 @@
 import contextlib
 import copy
 import dataclasses
+import importlib
 import inspect
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, ResNetConfig, TimmBackboneConfig
+from transformers import BertConfig, PreTrainedConfig, ResNetConfig, TimmBackboneConfig
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -54,10 +55,25 @@ _SIZES: dict[str, Any] = {
     **{"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "kv_lora_rank": 16, "q_lora_rank": 16},
     **{"num_queries": 6, "mamba_d_state": 4, "mamba_d_conv": 4, "mamba_expand": 2, "num_conv_pos_embeddings": 8},
     **{"conv_dim": (16, 16), "conv_stride": (2, 2), "conv_kernel": (3, 3), "num_conv_pos_embedding_groups": 2},
+    **{"attn_layer_period": 2, "attn_layer_offset": 1, "attn_layer_indices": [1, 3], "context_size": 16},
+    **{"partial_rotary_factor": 1.0, "num_kv_shared_layers": 0},
     **{"num_register_tokens": 2, "max_window_layers": 2, "spatial_merge_size": 2, "temporal_patch_size": 2},
     **{"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4},
-    **{"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_num_heads": 8, "mamba_head_dim": 8, "mamba_n_groups": 1, "n_groups": 2},
-    **{"ssm_state_size": 4, "layerdrop": 0.0, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0, "apply_spec_augment": False},
+    **{
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 8,
+        "mamba_n_groups": 1,
+        "n_groups": 2,
+    },
+    **{
+        "ssm_state_size": 4,
+        "layerdrop": 0.0,
+        "encoder_layerdrop": 0.0,
+        "decoder_layerdrop": 0.0,
+        "apply_spec_augment": False,
+    },
 }
 _KEY_VALUE_HEADS = {"num_key_value_heads", "num_kv_heads", "n_kv_heads"}
 _COUNTS = {"num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth", "encoder_layers", "decoder_layers"}
@@ -75,17 +91,22 @@ _MOST_PARAMETERS = 40_000_000
 # What cannot be made smaller by the names of its fields alone.
 _OVERRIDES: dict[str, dict[str, Any]] = {
     "chameleon": {"vocabulary_map": {"<image>": 64}},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0}},
     "emu3": {"vocabulary_map": {"<image>": 64}},
-    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2}},
-    **dict.fromkeys(["autoformer", "informer", "time_series_transformer"], {"prediction_length": 4}),
-    **dict.fromkeys(["qwen2_vl_text"], {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}),
+    "gemma4_assistant": {"hidden_size_per_layer_input": 0},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
 }
 
 
 def tiny_config(config_class: type[PreTrainedConfig], sizes: dict[str, Any] = _SIZES) -> PreTrainedConfig:
     """A config of the class with few and narrow blocks, also of the models inside of it."""
     names = {field.name for field in dataclasses.fields(config_class)}
+    if hasattr(config_class, "from_encoder_decoder_configs"):
+        return config_class.from_encoder_decoder_configs(tiny_config(BertConfig), tiny_config(BertConfig))
     default = config_class()
+    if isinstance(_get(default, "num_heads"), (list, tuple)):  # one number of heads for each stage
+        sizes = {name: size for name, size in sizes.items() if size != _SIZES["hidden_size"]}
     values = {name: size for name, size in sizes.items() if name in names and _fits(_get(default, name), size)}
     if "num_attention_heads" in values:
         several = {
@@ -96,8 +117,8 @@ def tiny_config(config_class: type[PreTrainedConfig], sizes: dict[str, Any] = _S
         kinds = sorted(set(default.layer_types), key=lambda kind: kind == "full_attention")
         values["num_hidden_layers"] = 2 * len(kinds)
         values["layer_types"] = kinds * 2
-    if sizes is _SIZES and isinstance(_get(default, "rope_parameters"), dict):
-        values["rope_parameters"] = _with_small_sections(default.rope_parameters)
+    if "head_dim" in sizes and "rope_parameters" in names:
+        values["rope_parameters"] = _small_rope(config_class, _get(default, "rope_parameters"))
     specials = [name for name in names if name.endswith(("_token_id", "_token_index")) and _is_large(default, name)]
     values |= {name: _FIRST_SPECIAL + index for index, name in enumerate(sorted(specials))}
     values |= {name: value for name, value in (("pad_token_id", 0), ("bos_token_id", 1)) if name in names}
@@ -119,12 +140,15 @@ def _get(config: PreTrainedConfig, name: str) -> Any:
         return None
 
 
-def _with_small_sections(rope: dict[str, Any]) -> dict[str, Any]:
-    """Multimodal rotary embeddings for heads of 8 channels."""
+def _small_rope(config_class: type[PreTrainedConfig], rope: Any) -> dict[str, Any] | None:
+    """Rotary embeddings of heads of 8 channels, in sections where they are of several modalities."""
+    modelling = importlib.import_module(config_class.__module__.replace(".configuration_", ".modeling_"))
+    if "mrope_section" not in inspect.getsource(modelling):
+        return rope
+    rope = {"rope_type": "default", "rope_theta": 10000.0} | (rope or {})
     return {
-        key: [2, 1, 1] if key == "mrope_section" else _with_small_sections(value) if isinstance(value, dict) else value
-        for key, value in rope.items()
-    }
+        key: value | {"mrope_section": [2, 1, 1]} if isinstance(value, dict) else value for key, value in rope.items()
+    } | {"mrope_section": [2, 1, 1], "partial_rotary_factor": 1.0}
 
 
 def _small_resnet(backbone: PreTrainedConfig) -> ResNetConfig:

@@ -152,6 +152,10 @@ _STATE = "it keeps a state outside of a key-value cache, which pass 1 would adva
 # What can be seen from a model is not listed: blocks inside of blocks, and value projections of another width than the
 # hidden states.
 UNSUITABLE = {
+    "codegen": "the values are between the queries and the keys in the output of its fused projection",
+    "deepseek_v4": "its blocks hand on several copies of the hidden states, and the attention sees one of them",
+    "eomt": "it adds tokens to the hidden states between its blocks",
+    "eomt_dinov3": "it adds tokens to the hidden states between its blocks",
     "gemma3n_text": "its blocks hand on several copies of the hidden states, and the attention sees one of them",
     "led": "its attention swaps the batch and the tokens",
     "longformer": "its attention swaps the batch and the tokens",
@@ -161,6 +165,7 @@ UNSUITABLE = {
     "reformer": _STATE,
     "rwkv": _STATE,
     "vilt": "it puts the patches of an image into a random order, another one in each pass",
+    "videomt": "it adds tokens to the hidden states between its blocks",
     "vit_mae": "it puts the patches of an image into a random order, another one in each pass",
     "wavlm": "its attention computes with the weight of the value projection, past the layer",
     "xlstm": _STATE,

@@ -149,7 +149,7 @@ def _stacks_by_architecture(
         raise ValueError(
             f"TOAST finds no value projections in {type(model).__name__} (model type {model_type_of(model)!r}): {why}. "
             "If one linear layer in each block computes the values of its attention, and nothing else, name these "
-            "layers with `target_modules`, for example ['v_proj'] or a regular expression."
+            "layers, for example by target_modules=['v_proj'] or a regular expression."
         )
     if len(known) > 1 and not _is_encoder_decoder(model):
         first = min(known)
