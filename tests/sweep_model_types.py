@@ -19,6 +19,9 @@ import contextlib
 import logging
 import multiprocessing
 import os
+import re
+import resource
+import signal
 import sys
 import tempfile
 import warnings
@@ -41,7 +44,7 @@ from toast_peft.value_projection import ValueHooks
 
 from .tiny_transformers import auto_mapping_of, tiny_model
 
-_TIME_LIMIT = 60  # seconds for each model type
+_TIME_LIMIT = 60  # seconds of processor time for each model type
 _FOUND_BY_ROW = {*ARCHITECTURES, *CONVOLUTIONAL_ARCHITECTURES, *HIERARCHICAL_ARCHITECTURES}
 
 
@@ -204,7 +207,7 @@ def _check_values_of(model: nn.Module, inputs: dict[str, torch.Tensor], path: Fe
     spy = AttentionSpy()
     with (
         path.register_forward_hook(lambda path, args, td: feedback.append(td[hooks.index])),
-        projection.register_forward_hook(lambda module, args, output: projected.append((args[0], output))),
+        projection.register_forward_hook(lambda module, args, output: projected.append((args[0], _first(output)))),
         spy.watching(attention),
     ):
         outputs_of(model, inputs)
@@ -240,7 +243,8 @@ def _cached_and_not(model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[
     """Logits of generation with and without a cache, if the model generates."""
     if not getattr(model, "can_generate", lambda: False)():
         return None
-    inputs = {name: value for name, value in inputs.items() if name != "decoder_input_ids"}
+    # Some models write into their inputs.
+    inputs = {name: value.clone() for name, value in inputs.items() if name != "decoder_input_ids"}
     options = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     options |= {"suppress_tokens": list(range(50, 99))}
     logits = []
@@ -269,7 +273,11 @@ def _check_loading(model: nn.Module, inputs: dict[str, torch.Tensor], base: nn.M
         model.save_pretrained(folder)
         loaded = PeftModel.from_pretrained(base, folder).eval()
     for again, tensor in zip(outputs_of(loaded, inputs), found, strict=True):
-        torch.testing.assert_close(again, tensor, rtol=1e-4, atol=1e-5 * float(tensor.abs().max()))
+        assert _close(again, tensor, 1e-3), "the loaded adapter gives something else"
+
+
+def _first(output: Any) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output
 
 
 # --------------------------------------------------------------------------------------------- one process for each
@@ -286,10 +294,13 @@ def sweep(types: list[str]) -> Iterator[Row]:
         process.start()
         sender.close()
         try:
-            yield receiver.recv() if receiver.poll(_TIME_LIMIT) else Row(model_type, "", "not tried", "takes too long")
+            yield receiver.recv()
         except EOFError:
-            yield Row(model_type, "", "wrong", "the process ended")
-        process.kill()
+            process.join()
+            too_long = process.exitcode == -signal.SIGXCPU
+            yield Row(
+                model_type, "", *(("not tried", "takes too long") if too_long else ("wrong", "the process ended"))
+            )
         process.join()
 
 
@@ -297,7 +308,43 @@ def _examine_quietly(model_type: str, sender: Connection) -> None:
     sys.stdout = sys.stderr = open(os.devnull, "w")
     warnings.filterwarnings("ignore")
     logging.disable()
+    resource.setrlimit(resource.RLIMIT_CPU, (_TIME_LIMIT, _TIME_LIMIT))
     sender.send(examine(model_type))
+
+
+# ------------------------------------------------------------------------------------------------------- the page
+
+
+_WHAT_THIS_IS = """All {all} model types of transformers {version} that an auto class makes a model of, each tried
+with `TopDownConfig()` on a tiny random model. {right} are right: {by_row} of them by a row of ours that says where
+their value projections are, the others by their structure. {refused} are refused by an error before anything is
+changed, {wrong} go wrong, and of {not_tried} no tiny model could be made that runs.
+
+*start*: a new adapter changes nothing. *values*: in the first block feedback changes the values of the attention, and
+not its queries and keys. *gradients*: they reach every trained part. *cache*: generation with a cache computes what it
+does without one (of types that do so themselves). *loading*: a saved adapter gives the same on a new model."""
+
+
+def page(rows: list[Row]) -> str:
+    """What docs/models.md says."""
+    of = {name: [row for row in rows if row.result == name] for name in ("right", "refused", "wrong", "not tried")}
+    counts = {name.replace(" ", "_"): len(of_result) for name, of_result in of.items()}
+    by_row = sum(row.found == "row" for row in of["right"])
+    parts = [f"`{name}`" for name in sorted(CONFIG_MAPPING_NAMES) if not auto_mapping_of(name)]
+    lines = ["# Models", "", "<!-- Made by `python -m tests.sweep_model_types > docs/models.md`. -->", ""]
+    lines += [_WHAT_THIS_IS.format(all=len(rows), version=transformers.__version__, by_row=by_row, **counts)]
+    for name, of_result in of.items():
+        if of_result:
+            lines += ["", f"## {name.capitalize()}", "", "| model type | found by | result | |", "|---|---|---|---|"]
+            lines += [f"| `{row.model_type}` | {row.found} | {name} | {_shortened(row.why)} |" for row in of_result]
+    lines += ["", "## Parts of other models", "", "These have no auto class of their own:", f"{', '.join(parts)}."]
+    return "\n".join(lines)
+
+
+def _shortened(why: str) -> str:
+    """The first sentence, without the advice that follows it."""
+    first = re.split(r"\. (?=[A-Z])| \| ", " ".join(why.split()))[0].replace("|", "/")
+    return first if len(first) <= 250 else first[:247] + "..."
 
 
 def main() -> None:
@@ -306,8 +353,11 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
+    rows = []
     for row in sweep(args.model_types or model_types()):
-        print("\t".join(" ".join(part.split()) for part in row), flush=True)
+        print(*(" ".join(part.split()) for part in row), sep="\t", file=sys.stderr, flush=True)
+        rows.append(row)
+    print(page(sorted(rows)))
 
 
 if __name__ == "__main__":

@@ -63,10 +63,10 @@ def turn(model: PeftModel) -> None:
     turn_prompts(model, inputs_of(model))
 
 
-def test_every_supported_type_is_in_a_table() -> None:
+def test_every_type_with_a_row_is_tried_here() -> None:
     rows = [(model_class, None) for model_class in (*MODELS, *FURTHER_MODELS)] + [*VISION_TOWERS.items()]
     adapters = [adapted(tiny_model(model_class), target_modules=names) for model_class, names in rows]
-    assert {model.peft_config["default"].backbone_type for model in adapters} == set(ARCHITECTURES)
+    assert {model.peft_config["default"].backbone_type for model in adapters} >= set(ARCHITECTURES)
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])

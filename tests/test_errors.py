@@ -121,7 +121,9 @@ def test_projection_of_more_than_values() -> None:
     model = tf.AutoModelForCausalLM.from_config(config)
     with pytest.raises(ValueError, match="as well as values.*does not know where they are"):
         adapted(model, target_modules=["kv_b_proj"])
-    with pytest.raises(ValueError, match=r"the values of model\.layers come from a latent \(self_attn.kv_a_proj_with_mqa\)"):
+    with pytest.raises(
+        ValueError, match=r"the values of model\.layers come from a latent \(self_attn.kv_a_proj_with_mqa\)"
+    ):
         adapted(model)
     assert not hasattr(model, "peft_config")
 

@@ -216,6 +216,13 @@ def test_fused_projection_of_another_size_than_its_heads_have() -> None:
         find_block_stacks(model, TopDownConfig())
 
 
+@pytest.mark.parametrize(("multi_query", "columns"), [(True, (1, 8)), (False, (4, 8))])
+def test_layout_that_the_config_decides(multi_query: bool, columns: tuple[int, int]) -> None:
+    config = tf.GPTBigCodeConfig(n_embd=32, n_layer=2, n_head=4, multi_query=multi_query, **_TOKENS)
+    [stack] = find_block_stacks(tf.GPTBigCodeForCausalLM(config), TopDownConfig())
+    assert stack.value_columns == columns
+
+
 def test_keys_and_values_in_one_projection() -> None:
     model = Model(blocks=nn.ModuleList(Block(attn=_attention("kv_proj", 48)) for _ in range(2)))
     [stack] = find_block_stacks(model, TopDownConfig())

@@ -147,8 +147,8 @@ def _stacks_by_architecture(
             "; ".join(reasons.values()) or "no list of blocks has a layer with one of the names that such layers have"
         )
         raise ValueError(
-            f"TOAST finds no value projections in {type(model).__name__} (model type {model_type_of(model)!r}): {why}. "
-            "If one linear layer in each block computes the values of its attention, and nothing else, name these "
+            f"TOAST finds no value projections in {type(model).__name__} (model type {model_type_of(model)!r}): {why}"
+            ". If one linear layer in each block computes the values of its attention, and nothing else, name these "
             "layers, for example by target_modules=['v_proj'] or a regular expression."
         )
     if len(known) > 1 and not _is_encoder_decoder(model):
@@ -355,14 +355,18 @@ def _value_columns(
     """
     if architecture is None or architecture.fused is None:
         return None
-    size = output_size(model.get_submodule(name))
+    projection = model.get_submodule(name)
+    size = output_size(projection)
     if architecture.fused == "keys and values":
         return ValueColumns(parts=1, columns=size // 2)
-    config = backbone.config
-    query_heads = getattr(config, "num_attention_heads", None) or config.num_heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // query_heads
-    key_value_heads = (size // head_size - query_heads) // 2
-    if key_value_heads < 1 or (query_heads + 2 * key_value_heads) * head_size != size:
+    config = getattr(backbone, "config", None)
+    query_heads = getattr(config, "num_attention_heads", None) or getattr(config, "num_heads", 0)
+    head_size = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 0) // max(query_heads, 1)
+    key_value_heads = (size // max(head_size, 1) - query_heads) // 2
+    fits = key_value_heads > 0 and (query_heads + 2 * key_value_heads) * head_size == size
+    if not fits and architecture.fused == "one after the other" and size == 3 * input_size(projection):
+        return ValueColumns(parts=1, columns=size // 3)
+    if not fits:
         raise ValueError(
             f"{name} gives {size} channels, which is not what {query_heads} queries with as many or fewer keys and "
             f"values of {head_size} channels each need; name a layer that computes only values with `target_modules`."

@@ -137,8 +137,16 @@ def _architecture(model: nn.Module, name: str, blocks: nn.ModuleList) -> tuple[s
     path = next(found[0] for found in paths if found)
     backbone_name = _runs(model, name)
     inside = name[len(backbone_name) :].lstrip(".")
-    final_norm = _final_norm(model.get_submodule(backbone_name), inside)
-    return backbone_name, Architecture(inside, path, final_norm, fused=FUSED_PROJECTIONS.get(path.rpartition(".")[2]))
+    backbone = model.get_submodule(backbone_name)
+    return backbone_name, Architecture(inside, path, _final_norm(backbone, inside), fused=_layout(backbone, path))
+
+
+def _layout(backbone: nn.Module, path: str) -> str | None:
+    """How queries, keys and values lie in the output of a fused projection."""
+    name = path.rpartition(".")[2]
+    if name == "c_attn" and getattr(getattr(backbone, "config", None), "multi_query", None) is False:  # GPT-BigCode
+        return "by key-value head"
+    return FUSED_PROJECTIONS.get(name)
 
 
 def _check_blocks(name: str, blocks: nn.ModuleList, paths: list[list[str]]) -> None:
@@ -163,7 +171,8 @@ def _runs(model: nn.Module, name: str) -> str:
     """The name of the module that runs a list of blocks: the nearest one around it with a forward and a config."""
     parents = [name.rsplit(".", depth)[0] for depth in range(1, name.count(".") + 1)] + [""]
     with_forward = [parent for parent in parents if type(model.get_submodule(parent)).forward is not nn.Module.forward]
-    return next((parent for parent in with_forward if hasattr(model.get_submodule(parent), "config")), with_forward[0])
+    with_config = [parent for parent in with_forward if hasattr(model.get_submodule(parent), "config")]
+    return next(iter([*with_config, *with_forward]), "")
 
 
 def _final_norm(backbone: nn.Module, blocks: str) -> str | None:
