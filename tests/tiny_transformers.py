@@ -93,6 +93,10 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "chameleon": {"vocabulary_map": {"<image>": 64}},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0}},
     "emu3": {"vocabulary_map": {"<image>": 64}},
+    **dict.fromkeys(
+        ["depth_anything", "prompt_depth_anything", "tipsv2_dpt"],
+        {"neck_hidden_sizes": [8, 8, 8, 8], "fusion_hidden_size": 8},
+    ),
     "gemma4_assistant": {"hidden_size_per_layer_input": 0},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},

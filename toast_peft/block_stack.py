@@ -6,6 +6,7 @@ from typing import Any
 
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
+from transformers import PreTrainedModel
 
 from .architectures import ARCHITECTURES, UNSUITABLE, Architecture
 from .config import TopDownConfig
@@ -138,8 +139,7 @@ def find_submodule(module: nn.Module, path: str) -> nn.Module | None:
 def _stacks_by_architecture(
     model: nn.Module, known: dict[str, Architecture], reasons: dict[str, str]
 ) -> list[BlockStack]:
-    if len(known) + len(reasons) > 1:
-        known, reasons = _wanted(model, known, reasons)
+    known, reasons = _wanted(model, known, reasons)
     if not known or (reasons and _is_encoder_decoder(model)):
         for module in model.modules():
             _refuse_unsuitable(module)
@@ -184,12 +184,18 @@ def _wanted(
     """Of several stacks those of the language model, which transformers calls the decoder, and of its encoder."""
     getters = ["get_encoder", "get_decoder"] if _is_encoder_decoder(model) else ["get_decoder"]
     parts = [getattr(model, getter)() for getter in getters if hasattr(model, getter)]
-    inside = {id(module) for part in parts if part is not None and part is not model for module in part.modules()}
-    stacks, refused = (
-        {name: value for name, value in found.items() if id(model.get_submodule(name)) in inside}
-        for found in (chosen, reasons)
-    )
-    return (stacks, refused) if stacks or refused else (chosen, reasons)
+    parts = [part for part in parts if isinstance(part, PreTrainedModel) and part is not model]
+    if not parts or _has_two_towers(model, parts[-1]):
+        return chosen, reasons
+    inside = {module for part in parts for module in part.modules()}
+    stacks = {name: row for name, row in chosen.items() if model.get_submodule(name) in inside}
+    return stacks, {name: why for name, why in reasons.items() if model.get_submodule(name) in inside}
+
+
+def _has_two_towers(model: nn.Module, decoder: nn.Module) -> bool:
+    """Whether text and images meet at the end only, as in CLIP, so that neither is the language model of the other."""
+    holders = [module for module in model.modules() if getattr(module, "text_model", None) is decoder]
+    return bool(holders) and not model.can_generate()
 
 
 def _stacks_by_target_modules(

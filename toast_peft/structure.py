@@ -161,6 +161,8 @@ def _check_blocks(name: str, blocks: nn.ModuleList, paths: list[list[str]]) -> N
     different = sorted({path for found in paths for path in found})
     if len(different) > 1:
         raise ValueError(f"the blocks of {name} have different value projections, {', '.join(different)}")
+    if any(getattr(block, "window_size", None) or getattr(block, "num_windows", None) for block in blocks):
+        raise ValueError(f"the attention in {name} sees the tokens in windows, each a row of the batch")
     if "." not in different[0]:
         raise ValueError(f"{name} is a list of attention layers; expected one of blocks that hold them")
     if len({id(block) for block in blocks}) < len(blocks):
