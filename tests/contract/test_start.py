@@ -16,7 +16,7 @@ def test_every_supported_type_is_in_the_zoo() -> None:
     adapters = [adapted(tiny_model(model_class)) for model_class in ZOO]
     adapters += [adapted(tiny_model(cls), target_modules=names) for cls, names in VISION_TOWERS.items()]
     types = {model.peft_config["default"].backbone_type for model in adapters}
-    assert types == {*ARCHITECTURES, *CONVNETS, *HIERARCHIES}
+    assert types >= {*ARCHITECTURES, *CONVNETS, *HIERARCHIES}
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,13 @@
 """Where the blocks, the value projections and the final norm of each known type of transformer are.
 
-This is data. Every other transformer works when the user names the value projections with `target_modules`.
+This is data, of those whose structure does not say it (`structure.py`): which norm the features pass, and where the
+backbone or its cache is another one than it looks.
 """
 
 from dataclasses import dataclass
 from typing import Literal
+
+Fused = Literal["one after the other", "by key-value head", "keys and values"]
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,8 @@ class Architecture:
         normalize_features: whether the feedback starts from the features after `final_norm`. The official code does so
             for ViT, whose final norm all tokens pass, and not for LLaMA.
         fused: how queries, keys and values lie in the output of a projection that computes all three: one after the
-            other, or so for each key-value head. `None` if it computes only values.
+            other, or so for each key-value head; or keys and values only, one after the other. `None` if it computes
+            only values.
         has_cache: whether the backbone fills a key-value cache. Some encoders take one, but fill it only if their
             config says that they are decoders.
     """
@@ -27,7 +31,7 @@ class Architecture:
     value_projection: str
     final_norm: str | None
     normalize_features: bool = False
-    fused: Literal["one after the other", "by key-value head"] | None = None
+    fused: Fused | None = None
     has_cache: bool = True
 
     @property
@@ -37,12 +41,9 @@ class Architecture:
 
 
 _BERT = Architecture("encoder.layer", "attention.self.value", None, has_cache=False)
-_LLAMA = Architecture("layers", "self_attn.v_proj", "norm")
 _OLD_VIT = Architecture("encoder.layer", "attention.attention.value", "layernorm", normalize_features=True)
-_QWEN_VISION = Architecture("blocks", "attn.qkv", None, fused="one after the other")
 _VISION_TOWER = Architecture("encoder.layers", "self_attn.v_proj", "post_layernorm", normalize_features=True)
 _VIT = Architecture("layers", "attention.v_proj", "layernorm", normalize_features=True)
-_WAV2VEC2 = Architecture("layers", "attention.v_proj", None)
 
 # The key is the `model_type` in the config of the backbone, not of the whole model: CLIPForImageClassification is a
 # "clip" whose backbone is a "clip_vision_model".
@@ -50,46 +51,17 @@ ARCHITECTURES = {
     "beit": _VIT,  # its final norm is the identity with the default `use_mean_pooling=True`
     "bert": _BERT,
     "clip_vision_model": _VISION_TOWER,
-    "cohere2": _LLAMA,
     "data2vec-vision": _OLD_VIT,
-    "deberta-v2": Architecture("encoder.layer", "attention.self.value_proj", None),
     "deit": _VIT,
     "dinov2": Architecture("encoder.layer", "attention.v_proj", "layernorm", normalize_features=True),
     "dinov3_vit": Architecture("model.layer", "attention.v_proj", "norm", normalize_features=True),
-    "distilbert": Architecture("transformer.layer", "attention.v_lin", None),
     "dpt": _OLD_VIT,
     "electra": _BERT,
-    "falcon": Architecture("h", "self_attention.query_key_value", "ln_f", fused="by key-value head"),
-    "gemma": _LLAMA,
-    "gemma2": _LLAMA,
-    "gemma3_text": _LLAMA,
-    "gpt2": Architecture("h", "attn.c_attn", "ln_f", fused="one after the other"),
-    "gpt_neox": Architecture("layers", "attention.query_key_value", "final_layer_norm", fused="by key-value head"),
-    "granite": _LLAMA,
-    "hubert": _WAV2VEC2,
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "mixtral": _LLAMA,
-    "modernbert": Architecture("layers", "attn.Wqkv", "final_norm", fused="one after the other"),
-    "olmo2": _LLAMA,
     "opt": Architecture("layers", "self_attn.v_proj", "final_layer_norm"),
-    "phi3": Architecture("layers", "self_attn.qkv_proj", "norm", fused="one after the other"),
-    "qwen2": _LLAMA,
-    "qwen2_5_vl_text": _LLAMA,
-    "qwen2_5_vl_vision": _QWEN_VISION,
-    "qwen2_moe": _LLAMA,
-    "qwen3": _LLAMA,
-    "qwen3_moe": _LLAMA,
-    "qwen3_vl_text": _LLAMA,
-    "qwen3_vl_vision": _QWEN_VISION,
     "roberta": _BERT,
     "siglip_vision_model": _VISION_TOWER,
-    "smollm3": _LLAMA,
-    "stablelm": _LLAMA,
     "t5": Architecture("block", "layer.0.SelfAttention.v", "final_layer_norm", has_cache=False),
     "vit": _VIT,
-    "wav2vec2": _WAV2VEC2,
-    "whisper": Architecture("layers", "self_attn.v_proj", "layer_norm"),
 }
 
 _STATE = "it keeps a state outside of a key-value cache, which pass 1 would advance as well"
@@ -97,6 +69,10 @@ _STATE = "it keeps a state outside of a key-value cache, which pass 1 would adva
 # What can be seen from a model is not listed: blocks inside of blocks, and value projections of another width than the
 # hidden states.
 UNSUITABLE = {
+    "codegen": "the values are between the queries and the keys in the output of its fused projection",
+    "deepseek_v4": "its blocks hand on several copies of the hidden states, and the attention sees one of them",
+    "eomt": "it adds tokens to the hidden states between its blocks",
+    "eomt_dinov3": "it adds tokens to the hidden states between its blocks",
     "gemma3n_text": "its blocks hand on several copies of the hidden states, and the attention sees one of them",
     "led": "its attention swaps the batch and the tokens",
     "longformer": "its attention swaps the batch and the tokens",
@@ -106,6 +82,7 @@ UNSUITABLE = {
     "reformer": _STATE,
     "rwkv": _STATE,
     "vilt": "it puts the patches of an image into a random order, another one in each pass",
+    "videomt": "it adds tokens to the hidden states between its blocks",
     "vit_mae": "it puts the patches of an image into a random order, another one in each pass",
     "wavlm": "its attention computes with the weight of the value projection, past the layer",
     "xlstm": _STATE,

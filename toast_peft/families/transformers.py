@@ -2,10 +2,10 @@
 
 import re
 from dataclasses import dataclass, replace
-from typing import Any
 
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..config import TopDownConfig
 from ..core.forwards import TwoPasses
@@ -14,10 +14,8 @@ from ..core.stack import Stack
 from ..core.value_projection import ValueColumns, input_size, output_size
 from .lookup import blocks_at, find_submodule, join_names, known_backbones, model_type_of
 from .model_types import ARCHITECTURES, UNSUITABLE, Architecture
+from .structure import FUSED_PROJECTIONS, LATENT, architectures_by_structure, is_cross_attention, log_found
 
-# The last part of the name of projections that compute more than values. Adding the feedback to their input would
-# change the queries or keys as well.
-_FUSED_PROJECTIONS = {"Wqkv", "c_attn", "in_proj", "kv_b_proj", "qkv", "qkv_proj", "query_key_value"}
 # The last part of the name of layers that compute something else than values.
 _NO_VALUE_PROJECTIONS = {
     *("q", "q_lin", "q_proj", "queries", "query", "query_proj", "to_q", "wq"),
@@ -25,8 +23,6 @@ _NO_VALUE_PROJECTIONS = {
     *("o", "o_proj", "out_lin", "out_proj", "output", "to_out", "wo"),
     *("c_fc", "c_proj", "down_proj", "fc1", "fc2", "gate_proj", "up_proj"),
 }
-# Attention to the states of an encoder. Its values are not of the tokens that the feedback is of.
-_CROSS_ATTENTION = {"EncDecAttention", "cross_attn", "crossattention", "encoder_attn"}
 
 
 @dataclass(kw_only=True)
@@ -70,11 +66,19 @@ def find_transformer_stacks(model: nn.Module, config: TopDownConfig) -> list[Tra
         ValueError: if the model type is unknown and no value projections are named, if the named modules are not one
             value projection in each block of one stack, or if no block is left.
     """
-    known = known_backbones(model, ARCHITECTURES)
+    known = {
+        name: row
+        for name, row in known_backbones(model, ARCHITECTURES).items()
+        if _has_value_projections(model.get_submodule(name), row)
+    }
+    found, reasons = architectures_by_structure(model, known)
     if config.target_modules is None:
-        stacks = _stacks_by_model_type(model, known)
+        stacks = _stacks_by_architecture(model, known | found, reasons)
+        for name in found:
+            if any(stack.backbone is model.get_submodule(name) for stack in stacks):
+                log_found(model, name, found[name])
     else:
-        stacks = _stacks_by_target_modules(model, known, config)
+        stacks = _stacks_by_target_modules(model, known | found, config)
     for stack in stacks:
         _check_that_it_can_run_twice(model, stack)
     names = [name for stack in stacks for name in stack.names]
@@ -87,30 +91,40 @@ def find_transformer_stacks(model: nn.Module, config: TopDownConfig) -> list[Tra
     return stacks
 
 
-def _stacks_by_model_type(model: nn.Module, known: dict[str, Architecture]) -> list[TransformerStack]:
-    if not known:
+def _has_value_projections(backbone: nn.Module, row: Architecture) -> bool:
+    return all(find_submodule(block, row.value_projection) for block in blocks_at(backbone, row.blocks))
+
+
+def _stacks_by_architecture(
+    model: nn.Module, known: dict[str, Architecture], reasons: dict[str, str]
+) -> list[TransformerStack]:
+    known, reasons = _wanted(model, known, reasons)
+    if not known or (reasons and _is_encoder_decoder(model)):
         for module in model.modules():
             _refuse_unsuitable(module)
-        types = sorted(ARCHITECTURES)
+        why = (
+            "; ".join(reasons.values()) or "no list of blocks has a layer with one of the names that such layers have"
+        )
         raise ValueError(
-            f"TOAST does not know where the value projections of {type(model).__name__} (model type "
-            f"{model_type_of(model)!r}) are. Known model types: {', '.join(types)}. For any other transformer name "
-            "them with `target_modules`, one linear layer in each block that computes only the values of its "
-            "attention, for example target_modules=['v_proj'] or a regular expression."
+            f"TOAST finds no value projections in {type(model).__name__} (model type {model_type_of(model)!r}): {why}"
+            ". If one linear layer in each block computes the values of its attention, and nothing else, name these "
+            "layers, for example by target_modules=['v_proj'] or a regular expression."
         )
     if len(known) > 1 and not _is_encoder_decoder(model):
-        known = _language_model_only(model, known)
-    if len(known) > 1 and not _is_encoder_decoder(model):
+        first = min(known)
+        example = rf"{re.escape(first)}\..*{known[first].value_projection.rpartition('.')[2]}"
         raise ValueError(
             f"{type(model).__name__} has several stacks of blocks: {sorted(known)}. Choose one with `target_modules`, "
-            f"for example target_modules=r'{re.escape(min(known))}\\..*v_proj'."
+            f"for example target_modules=r'{example}'."
         )
     stacks = []
     for backbone_name, architecture in known.items():
         prefix = join_names(backbone_name, architecture.blocks)
-        indices = range(len(blocks_at(model, prefix)))
-        names = {join_names(prefix, str(index), architecture.value_projection): index for index in indices}
-        _check_value_projections_are_there(model, names)
+        names = {
+            join_names(prefix, str(index), architecture.value_projection): index
+            for index, block in enumerate(blocks_at(model, prefix))
+            if find_submodule(block, architecture.value_projection) is not None
+        }
         stacks.append(_make_stack(model, backbone_name, prefix, architecture, names))
     return stacks
 
@@ -119,21 +133,28 @@ def _is_encoder_decoder(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
-def _language_model_only(model: nn.Module, known: dict[str, Architecture]) -> dict[str, Architecture]:
-    """The stack that transformers calls the decoder of a vision-language model; all if there is none."""
-    get_decoder = getattr(model, "get_decoder", None)
-    decoder = None if get_decoder is None else get_decoder()
-    found = {name: row for name, row in known.items() if model.get_submodule(name) is decoder}
-    return found or known
+def _last_name(architecture: Architecture) -> str:
+    return architecture.value_projection.rpartition(".")[2]
 
 
-def _check_value_projections_are_there(model: nn.Module, names: dict[str, int]) -> None:
-    missing = [name for name in names if find_submodule(model, name) is None]
-    if missing:
-        raise ValueError(
-            f"{type(model).__name__} has no {_some(missing)}; its blocks are not those that TOAST knows of the model "
-            f"type {model_type_of(model)!r}. Name the value projections with `target_modules`."
-        )
+def _wanted(
+    model: nn.Module, chosen: dict[str, Architecture], reasons: dict[str, str]
+) -> tuple[dict[str, Architecture], dict[str, str]]:
+    """Of several stacks those of the language model, which transformers calls the decoder, and of its encoder."""
+    getters = ["get_encoder", "get_decoder"] if _is_encoder_decoder(model) else ["get_decoder"]
+    parts = [getattr(model, getter)() for getter in getters if hasattr(model, getter)]
+    parts = [part for part in parts if isinstance(part, PreTrainedModel) and part is not model]
+    if not parts or _has_two_towers(model, parts[-1]):
+        return chosen, reasons
+    inside = {module for part in parts for module in part.modules()}
+    stacks = {name: row for name, row in chosen.items() if model.get_submodule(name) in inside}
+    return stacks, {name: why for name, why in reasons.items() if model.get_submodule(name) in inside}
+
+
+def _has_two_towers(model: nn.Module, decoder: nn.Module) -> bool:
+    """Whether text and images meet at the end only, as in CLIP, so that neither is the language model of the other."""
+    holders = [module for module in model.modules() if getattr(module, "text_model", None) is decoder]
+    return bool(holders) and not (isinstance(model, PreTrainedModel) and model.can_generate())
 
 
 def _stacks_by_target_modules(
@@ -204,14 +225,13 @@ def _some(names: list[str]) -> str:
 
 
 def _check_value_projections(names: dict[str, int], config: TopDownConfig, architecture: Architecture | None) -> None:
-    fused = [name for name in names if name.rpartition(".")[2] in _FUSED_PROJECTIONS]
+    fused = [name for name in names if name.rpartition(".")[2] in {*FUSED_PROJECTIONS, *LATENT}]
     if fused and not (architecture and architecture.fused):
         raise ValueError(
             f"`target_modules={config.target_modules!r}` matches {_some(fused)}, which compute queries or keys as "
-            "well as values. TOAST steers the values only, and knows where they are in a fused projection only for "
-            f"these model types: {', '.join(sorted(name for name, row in ARCHITECTURES.items() if row.fused))}."
+            "well as values. TOAST steers the values only, and does not know where they are in the output of these."
         )
-    crossing = [name for name in names if _CROSS_ATTENTION & set(name.split("."))]
+    crossing = [name for name in names if is_cross_attention(name)]
     if crossing:
         raise ValueError(
             f"`target_modules={config.target_modules!r}` matches {_some(crossing)}, which attend to the states of an "
@@ -282,7 +302,7 @@ def _make_stack(
         normalize_features=architecture is not None and architecture.normalize_features,
         model_type=model_type_of(backbone),
         has_cache=_has_cache(backbone, architecture),
-        value_columns=_value_columns(backbone, architecture, model.get_submodule(next(iter(names)))),
+        value_columns=_value_columns(backbone, architecture, model, next(iter(names))),
         value_projections={index: model.get_submodule(name) for name, index in names.items()},
         names=names,
     )
@@ -293,15 +313,31 @@ def _has_cache(backbone: nn.Module, architecture: Architecture | None) -> bool:
 
 
 def _value_columns(
-    backbone: nn.Module, architecture: Architecture | None, projection: nn.Module
+    backbone: nn.Module, architecture: Architecture | None, model: nn.Module, name: str
 ) -> ValueColumns | None:
-    """Where the values are in a fused projection, whose other columns are queries and keys."""
+    """Where the values are in a fused projection, whose other columns are queries and keys.
+
+    Raises:
+        ValueError: if it has not the size that its heads have together.
+    """
     if architecture is None or architecture.fused is None:
         return None
-    config: Any = backbone.config
-    query_heads = getattr(config, "num_attention_heads", None) or config.num_heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // query_heads
-    key_value_heads = (output_size(projection) // head_size - query_heads) // 2
+    projection = model.get_submodule(name)
+    size = output_size(projection)
+    if architecture.fused == "keys and values":
+        return ValueColumns(parts=1, columns=size // 2)
+    config = getattr(backbone, "config", None)
+    query_heads: int = getattr(config, "num_attention_heads", 0) or getattr(config, "num_heads", 0)
+    head_size: int = getattr(config, "head_dim", 0) or getattr(config, "hidden_size", 0) // max(query_heads, 1)
+    key_value_heads = (size // max(head_size, 1) - query_heads) // 2
+    fits = key_value_heads > 0 and (query_heads + 2 * key_value_heads) * head_size == size
+    if not fits and architecture.fused == "one after the other" and size == 3 * input_size(projection):
+        return ValueColumns(parts=1, columns=size // 3)
+    if not fits:
+        raise ValueError(
+            f"{name} gives {size} channels, which is not what {query_heads} queries with as many or fewer keys and "
+            f"values of {head_size} channels each need; name a layer that computes only values with `target_modules`."
+        )
     if architecture.fused == "by key-value head":
         return ValueColumns(parts=key_value_heads, columns=head_size)
     return ValueColumns(parts=1, columns=key_value_heads * head_size)
