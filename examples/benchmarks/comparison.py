@@ -9,7 +9,6 @@ Every training is a trial of an Optuna study in `study.db` in the output folder.
 interrupted; with more methods, tries or seeds it trains what is missing.
 """
 
-import argparse
 import logging
 import time
 from abc import ABC, abstractmethod
@@ -23,7 +22,7 @@ import optuna
 import pandas as pd
 import torch
 import transformers
-from cost import training_step_cost
+from cost import HelpFormatter, training_step_cost
 from datasets import DatasetDict, disable_progress_bars, load_dataset
 from matplotlib.figure import Figure
 from methods import METHODS, apply_method
@@ -82,10 +81,6 @@ class ComparisonArguments:
 Arguments = TypeVar("Arguments", bound=ComparisonArguments)
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Help with the defaults, and the lines of a description as they are."""
-
-
 def parse(
     arguments_class: type[Arguments], kind: str, description: str | None, arguments: list[str] | None
 ) -> Arguments:
@@ -97,7 +92,7 @@ def parse(
         description: for --help.
         arguments: as on the command line.
     """
-    parser = HfArgumentParser(arguments_class, description=description, formatter_class=_HelpFormatter)
+    parser = HfArgumentParser(arguments_class, description=description, formatter_class=HelpFormatter)
     [parsed] = parser.parse_args_into_dataclasses(arguments)
     possible = [name for name, method in METHODS.items() if getattr(method, kind) is not None]
     if parsed.pretrained_feedback is None:
@@ -154,6 +149,7 @@ class Comparison(ABC):
         self.arguments = arguments
         self.folder = Path(arguments.output_dir)
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.storage = optuna.storages.RDBStorage(f"sqlite:///{self.folder / 'study.db'}")
         self.studies = {(method, split): self.study(method, split) for method in arguments.methods for split in SPLITS}
         set_seed(arguments.seed)
         self.base, self.rows = self.prepare()
@@ -185,10 +181,7 @@ class Comparison(ABC):
         unshared |= set() if method == "toast-pretuned" else {"pretrained_feedback"}
         settings = {name: value for name, value in asdict(self.arguments).items() if name not in unshared}
         study = optuna.create_study(
-            storage=f"sqlite:///{self.folder / 'study.db'}",
-            study_name=f"{method}, {split}",
-            direction="maximize",
-            load_if_exists=True,
+            storage=self.storage, study_name=f"{method}, {split}", direction="maximize", load_if_exists=True
         )
         check_settings(study, settings)
         return study

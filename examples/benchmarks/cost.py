@@ -8,6 +8,7 @@ method once, one after the other, and the table shows medians over the rounds of
 and decoding) or to LoRA (training step), so that a noisy machine slows all of them alike.
 """
 
+import argparse
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -54,6 +55,10 @@ MODELS = {
         ),
     ),
 }
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Help with the defaults, and the lines of a description as they are."""
 
 
 @dataclass
@@ -197,11 +202,16 @@ def measure(arguments: Arguments) -> pd.DataFrame:
     return table
 
 
-def main() -> None:
-    """Measure and print the table."""
-    [arguments] = HfArgumentParser(Arguments, description=__doc__).parse_args_into_dataclasses()
-    table = measure(arguments)
-    print(f"\n{arguments.model}, {arguments.device}, {arguments.dtype}, median of {arguments.rounds} rounds\n")
+def main(arguments: list[str] | None = None) -> None:
+    """Measure and print the table.
+
+    Args:
+        arguments: as on the command line.
+    """
+    parser = HfArgumentParser(Arguments, description=__doc__, formatter_class=HelpFormatter)
+    [parsed] = parser.parse_args_into_dataclasses(arguments)
+    table = measure(parsed)
+    print(f"\n{parsed.model}, {parsed.device}, {parsed.dtype}, median of {parsed.rounds} rounds\n")
     formats = ["", *(".0f" if column.endswith("MB") else ".2f" for column in table)]
     print(table.astype(object).where(table.notna(), None).to_markdown(floatfmt=formats, missingval="-"))
 
