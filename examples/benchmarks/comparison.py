@@ -321,7 +321,7 @@ def make_optimizer(
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            is_new = not set(new_modules).isdisjoint(name.split("."))
+            is_new = any(f".{module}." in f".{name}" for module in new_modules)
             rate = NEW_MODULES_LEARNING_RATE if is_new else learning_rate
             decay = 0.0 if parameter.dim() == 1 else weight_decay  # not of biases and norms, as in the Trainer
             groups.setdefault((rate, decay), []).append(parameter)

@@ -80,8 +80,8 @@ def apply_method(
     if config := METHODS[name].config:
         if name == "toast-pretuned":
             options["pretrained_feedback"] = pretrained_feedback
-        if name == "lora-all-linear":  # a head that is trained as a whole needs no adapter
-            options["exclude_modules"] = options.get("modules_to_save")
+        if name == "lora-all-linear" and "modules_to_save" in options:  # what is trained as a whole needs no adapter
+            options["exclude_modules"] = rf"(.*\.)?({'|'.join(options['modules_to_save'])})(\..*)?"
         model = get_peft_model(model, config(**options))
         if name.endswith("-initialized"):
             toast_peft.initialize_feedback(model, batches)

@@ -45,6 +45,28 @@ def digits(classes: Sequence[int], examples_per_class: int) -> DatasetDict:
     return data.train_test_split(train_size=examples_per_class * len(classes), stratify_by_column="label", seed=0)
 
 
+def digit_scenes(classes: Sequence[int], scenes: int) -> DatasetDict:
+    """Images of four handwritten digits each, 16 x 16 pixels, and masks: which pixel is in the stroke of which digit.
+
+    Returns:
+        The splits "train" and "test", each of so many scenes, made of different digits, with the columns "image" and
+        "mask". In the masks 0 is what is in no stroke.
+    """
+    generator = np.random.default_rng(0)
+    features = Features({"image": Image(), "mask": Image()})
+    splits = DatasetDict()
+    for name, data in digits(classes, examples_per_class=60).items():
+        images = np.stack([np.asarray(image) for image in data["image"]])
+        masks = (images > 127) * (np.asarray(data["label"], dtype=np.uint8) + 1)[:, None, None]
+        chosen = generator.integers(len(images), size=(scenes, 2, 2))
+        columns = {
+            column: [fromarray(scene) for scene in parts[chosen].swapaxes(2, 3).reshape(-1, 16, 16)]
+            for column, parts in (("image", images), ("mask", masks))
+        }
+        splits[name] = Dataset.from_dict(columns, features)
+    return splits
+
+
 def docstrings(numeric: bool) -> DatasetDict:
     """Docstrings of Python's standard library, those of `NUMERIC_MODULES` or those of its other modules.
 
