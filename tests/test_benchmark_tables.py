@@ -18,7 +18,7 @@ def cells(markdown: str) -> list[list[str]]:
     return [row for row in rows if not set("".join(row)) <= set(":-")]
 
 
-@pytest.mark.parametrize("table", [tables.images, tables.forgetting])
+@pytest.mark.parametrize("table", [tables.images, tables.forgetting, tables.segmentation])
 def test_tables_in_the_documentation_are_what_was_measured(table: Callable[[], pd.DataFrame]) -> None:
     measured = cells(table().to_markdown(disable_numparse=True))
     documents = [cells(path.read_text(encoding="utf-8")) for path in [ROOT / "README.md", *ROOT.glob("docs/**/*.md")]]

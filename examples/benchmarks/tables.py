@@ -61,10 +61,16 @@ def forgetting() -> pd.DataFrame:
 
 
 def segmentation() -> pd.DataFrame:
-    """Mean IoU and pixel accuracy."""
-    return pd.read_csv(RESULTS / "segmentation_camvid.csv")
+    """Mean IoU and pixel accuracy of one seed."""
+    runs = pd.read_csv(RESULTS / "segmentation_camvid.csv", index_col="method")
+    table = runs["trainable_parameters"].map("{:,}".format).to_frame("trainable parameters")
+    table["learning rate"] = runs["learning_rate"].map("{:g}".format)
+    for column in ("eval_mean_iou", "test_mean_iou", "test_pixel_accuracy"):
+        name = column.replace("eval", "validation").replace("mean_iou", "mIoU").replace("_", " ")
+        table[name] = runs[column].map("{:.3f}".format)
+    return table.rename(index="`{}`".format)
 
 
 if __name__ == "__main__":
-    for table in (images(), forgetting()):
+    for table in (images(), forgetting(), segmentation()):
         print(table.to_markdown(disable_numparse=True), end="\n\n")
