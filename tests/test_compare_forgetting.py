@@ -4,14 +4,17 @@ import gzip
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import compare_forgetting
 import offline
+import optuna
 import pytest
 import torch
 from compare_forgetting import ForgettingArguments, ForgettingComparison
 from datasets import Dataset
 from methods import METHODS
+from optuna.trial import TrialState
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, ByT5Tokenizer, PreTrainedTokenizerFast
@@ -94,6 +97,17 @@ def test_the_best_try_has_the_lowest_perplexity_of_the_target() -> None:
     ]
     comparison = object.__new__(ForgettingComparison)
     assert max(tries, key=comparison.goodness) == tries[1]
+
+
+@pytest.mark.parametrize("loss", [math.nan, 1000.0])
+def test_a_training_that_diverged_is_the_worst_try(loss: float) -> None:
+    comparison = object.__new__(ForgettingComparison)
+    comparison.rows = {"validation": None, "source": None}
+    metrics = comparison.measure(SimpleNamespace(evaluate=lambda rows: {"eval_loss": loss}), "validation")
+    assert metrics == {"target perplexity": math.inf, "source perplexity": math.inf}
+    study = optuna.create_study(storage="sqlite://", direction="maximize")
+    study.optimize(lambda trial: comparison.goodness(metrics)[0], n_trials=1)
+    assert study.trials[0].state == TrialState.COMPLETE
 
 
 def test_methods_for_images_are_refused(capsys: pytest.CaptureFixture) -> None:

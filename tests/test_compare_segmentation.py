@@ -22,7 +22,16 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_methods_are_compared_on_scenes_of_digits(base: str, tmp_path: Path) -> None:
     short = ["--tries", "1", "--seeds", "1", "--num_train_epochs", "1", "--max_train_samples", "10"]
-    short += ["--max_test_samples", "4", "--output_dir", str(tmp_path), "--model_name_or_path", base]
+    short += [
+        "--max_test_samples",
+        "4",
+        "--image_size",
+        "16",
+        "--output_dir",
+        str(tmp_path),
+        "--model_name_or_path",
+        base,
+    ]
     runs = compare_segmentation.main([*short, "--methods", "linear", "lora-all-linear", "vpt-deep", "toast-lite"])
     assert list(runs["split"]) == ["validation", "test"] * 4
     assert runs[["mean IoU", "pixel accuracy"]].gt(0).all(axis=None)

@@ -1,4 +1,4 @@
-"""Compare what fine-tuning methods teach a causal language model, and what they make it forget.
+r"""Compare what fine-tuning methods teach a causal language model, and what they make it forget.
 
     python examples/benchmarks/compare_forgetting.py
     python examples/benchmarks/compare_forgetting.py --model_name_or_path meta-llama/Llama-3.2-1B \
@@ -60,9 +60,10 @@ class ForgettingComparison(Comparison):
         return default_data_collator(rows)
 
     def measure(self, trainer: Trainer, split: str) -> dict[str, float]:
-        """Perplexities of target and source."""
+        """Perplexities of target and source; infinite after a training that diverged."""
         losses = [trainer.evaluate(self.rows[name])["eval_loss"] for name in (split, "source")]
-        return dict(zip(self.columns, map(math.exp, losses), strict=True))
+        perplexities = [math.exp(loss) if loss < 700 else math.inf for loss in losses]  # not of NaN either
+        return dict(zip(self.columns, perplexities, strict=True))
 
     def goodness(self, metrics: dict[str, float]) -> tuple[float, ...]:
         """The source does not count: whoever fine-tunes a model need not have it."""
@@ -103,7 +104,8 @@ def main(arguments: list[str] | None = None) -> DataFrame:
         One row for each training. The table, which is also printed, and a plot are saved.
     """
     only_our_progress()
-    comparison = ForgettingComparison(parse(ForgettingArguments, "text", __doc__, arguments))
+    defaults = {"output_dir": "outputs/forgetting", "num_train_epochs": 3.0, "per_device_train_batch_size": 8}
+    comparison = ForgettingComparison(parse(ForgettingArguments, "text", __doc__, arguments, **defaults))
     runs = comparison.run()
     print("Base model:", ", ".join(f"{name} {value:.3f}" for name, value in comparison.of_base_model().items()))
     return runs

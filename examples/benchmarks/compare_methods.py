@@ -1,4 +1,4 @@
-"""Compare fine-tuning methods on a set of images: one command, one table.
+r"""Compare fine-tuning methods on a set of images: one command, one table.
 
     python examples/benchmarks/compare_methods.py
     python examples/benchmarks/compare_methods.py --model_name_or_path google/vit-base-patch16-224-in21k \

@@ -1,4 +1,4 @@
-"""Compare fine-tuning methods on semantic segmentation: one command, one table.
+r"""Compare fine-tuning methods on semantic segmentation: one command, one table.
 
     python examples/benchmarks/compare_segmentation.py
     python examples/benchmarks/compare_segmentation.py --model_name_or_path google/vit-base-patch16-224-in21k \
@@ -46,7 +46,9 @@ OF_VIT_AND_DPT += ("layer_norm_eps", "image_size", "patch_size", "num_channels",
 class SegmentationArguments(ComparisonArguments):
     """What to compare, and on which images and masks."""
 
-    image_size: int = field(default=16, metadata={"help": "Height and width of the model's input."})
+    image_size: int | None = field(
+        default=None, metadata={"help": "Height and width of the model's input. Default: that of the checkpoint."}
+    )
     image_column_name: str = field(default="image", metadata={"help": "Column of the data set with the images."})
     mask_column_name: str = field(default="mask", metadata={"help": "Column of the data set with the masks."})
     unlabelled: int = field(
@@ -67,10 +69,11 @@ class SegmentationComparison(Comparison):
         base = arguments.model_name_or_path or small_vit(self.folder / "small_vit", arguments.pretraining_steps)
         columns = {arguments.image_column_name: "image", arguments.mask_column_name: "mask"}
         data = load_named_data(arguments, columns) or digit_scenes(range(5, 10), scenes=80)
+        size = arguments.image_size or (16 if arguments.model_name_or_path is None else None)
+        sizes = {} if size is None else {"size": {"height": size, "width": size}}
         # Masks must follow what happens to an image, so that it is only resized.
-        size = {"height": arguments.image_size, "width": arguments.image_size}
         processor = AutoImageProcessor.from_pretrained(
-            base, backend="pil", size=size, do_center_crop=False, do_pad=False
+            base, backend="pil", do_center_crop=False, do_pad=False, **sizes
         )
         limits = {"train": arguments.max_train_samples, "test": arguments.max_test_samples}
         limited = {name: data[name].select(range(len(data[name]))[:limit]) for name, limit in limits.items()}
@@ -180,7 +183,8 @@ def main(arguments: list[str] | None = None) -> DataFrame:
         One row for each training. The table, which is also printed, and a plot are saved.
     """
     only_our_progress()
-    return SegmentationComparison(parse(SegmentationArguments, "vision", __doc__, arguments)).run()
+    defaults = {"output_dir": "outputs/segmentation"}
+    return SegmentationComparison(parse(SegmentationArguments, "vision", __doc__, arguments, **defaults)).run()
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ class ComparisonArguments:
     )
     pretraining_steps: int = field(default=800, metadata={"help": "Steps of pre-training of the default model."})
     methods: list[str] | None = field(
-        default=None, metadata={"help": "Methods of `methods.py`. Default: all that can run."}
+        default=None, metadata={"help": f"Some of {', '.join(METHODS)}. Default: all that can run."}
     )
     tries: int = field(default=7, metadata={"help": "Learning rates and weight decays tried for each method."})
     seeds: int = field(default=3, metadata={"help": "How often the best of these is trained and tested."})
@@ -75,14 +75,18 @@ class ComparisonArguments:
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Batch size of the trainings."})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Batch size of the evaluations."})
     seed: int = field(default=42, metadata={"help": "First of the seeds, and that of the splits and the search."})
-    output_dir: str = field(default="outputs/comparison", metadata={"help": "Folder for study, table and plot."})
+    output_dir: str = field(default="outputs/images", metadata={"help": "Folder for study, table and plot."})
 
 
 Arguments = TypeVar("Arguments", bound=ComparisonArguments)
 
 
 def parse(
-    arguments_class: type[Arguments], kind: str, description: str | None, arguments: list[str] | None
+    arguments_class: type[Arguments],
+    kind: str,
+    description: str | None,
+    arguments: list[str] | None,
+    **defaults: Any,
 ) -> Arguments:
     """The arguments of a comparison, from the command line if not given.
 
@@ -91,8 +95,10 @@ def parse(
         kind: "vision" or "text", as in `methods.Method`.
         description: for --help.
         arguments: as on the command line.
+        defaults: of the script, where they are others.
     """
     parser = HfArgumentParser(arguments_class, description=description, formatter_class=HelpFormatter)
+    parser.set_defaults(**defaults)
     [parsed] = parser.parse_args_into_dataclasses(arguments)
     possible = [name for name, method in METHODS.items() if getattr(method, kind) is not None]
     if parsed.pretrained_feedback is None:
