@@ -1,7 +1,4 @@
-"""Tables of the benchmarks: those in the documentation are what was measured; what `cost.py` prints."""
-
-from collections.abc import Callable
-from pathlib import Path
+"""The tables of the benchmarks: what a comparison shows, and what `cost.py` prints."""
 
 import cost
 import pandas as pd
@@ -9,22 +6,11 @@ import pytest
 import tables
 from transformers import LlamaConfig, LlamaForCausalLM
 
-ROOT = Path(__file__).parent.parent
-
 
 def cells(markdown: str) -> list[list[str]]:
     """The cells of all tables, without the lines below their heads."""
     rows = [[cell.strip() for cell in line.strip().split("|")] for line in markdown.splitlines() if "|" in line]
     return [row for row in rows if not set("".join(row)) <= set(":-")]
-
-
-@pytest.mark.parametrize("table", [tables.images, tables.forgetting, tables.segmentation])
-def test_tables_in_the_documentation_are_what_was_measured(table: Callable[[], pd.DataFrame]) -> None:
-    measured = cells(table().to_markdown(disable_numparse=True))
-    documents = [cells(path.read_text(encoding="utf-8")) for path in [ROOT / "README.md", *ROOT.glob("docs/**/*.md")]]
-    assert any(rows[start : start + len(measured)] == measured for rows in documents for start in range(len(rows))), (
-        f"Paste what `python {Path(tables.__file__).relative_to(ROOT)}` prints."
-    )
 
 
 def test_a_table_has_means_and_deviations_of_the_tests_only() -> None:

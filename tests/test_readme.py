@@ -1,7 +1,10 @@
 """What the README says that can be checked."""
 
+import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import datasets
@@ -19,6 +22,8 @@ from .models import MODELS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = ROOT / "examples" / "results"
+IMAGES = ("dtd10", "flowers5", "cifar10")
 
 
 def test_printed_parameters() -> None:
@@ -96,5 +101,50 @@ def test_example_of_a_custom_module(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (tmp_path / "toast-adapter" / "adapter_model.safetensors").is_file()
 
 
+def measured_on_test(results: str) -> dict[str, list[dict[str, float]]]:
+    """What was measured on the test split, for each method with all seeds."""
+    stored = json.loads((RESULTS / results).read_text())["runs"]
+    measured: dict[str, list[dict[str, float]]] = {}
+    for entry in stored:
+        if entry["run"]["evaluated_on"] == "test":
+            measured.setdefault(entry["run"]["method"], []).append(entry["metrics"])
+    return measured
+
+
+def with_deviation(values: list[float]) -> str:
+    return f"{mean(values):.1f} ± {stdev(values):.1f}"
+
+
+def comparison_of_images() -> str:
+    """The table of accuracies in the README, the best mean first."""
+    measured = {name: measured_on_test(f"comparison_{name}.json") for name in IMAGES}
+    rows = {}
+    for method, runs in measured["dtd10"].items():
+        accuracies = [[100 * run["accuracy"] for run in measured[name][method]] for name in IMAGES]
+        overall = mean(map(mean, accuracies))
+        cells = [f"`{method}`", f"{runs[0]['trainable_parameters']:,}", *map(with_deviation, accuracies)]
+        cells += [f"{overall:.1f}", f"{runs[0]['flops_per_step'] / 1e9:.1f}"]
+        cells += [f"{runs[0]['activation_megabytes']:.0f}", f"{mean(run['seconds'] for run in runs):.0f}"]
+        rows[f"| {' | '.join(cells)} |"] = overall
+    head = ["method", "trainable parameters", *IMAGES, "mean", "GFLOPs / step", "activations kept, MB", "seconds"]
+    return "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *sorted(rows, key=rows.get, reverse=True)])
+
+
+def comparison_of_texts() -> str:
+    """The table of perplexities in the README, the best one of the target first."""
+    rows = {}
+    for method, runs in measured_on_test("forgetting_tinyshakespeare.json").items():
+        columns = [[run[f"{name} perplexity"] for run in runs] for name in ("target", "source")]
+        cells = [f"`{method}`", f"{runs[0]['trainable_parameters']:,}", *map(with_deviation, columns)]
+        rows[f"| {' | '.join(cells)} |"] = mean(columns[0])
+    head = "| method | trainable parameters | target perplexity | source perplexity |\n|---|---|---|---|"
+    return "\n".join([head, *sorted(rows, key=rows.get)])
+
+
+@pytest.mark.parametrize("table", [comparison_of_images, comparison_of_texts])
+def test_tables_are_what_was_measured(table: Callable[[], str]) -> None:
+    assert table() in README
+
+
 if __name__ == "__main__":
-    print(supported_models())
+    print(supported_models(), comparison_of_images(), comparison_of_texts(), sep="\n\n")
