@@ -4,18 +4,20 @@ import gzip
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import compare_forgetting
+import offline
+import optuna
 import pytest
 import torch
-from compare_forgetting import COLUMNS
-from comparison import search_points
-from fine_tuning_methods import TEXT_LEARNING_RATES
-from language_modeling import blocks_of_tokens, byte_level_tokenizer
+from compare_forgetting import ForgettingArguments, ForgettingComparison
+from datasets import Dataset
+from methods import METHODS
+from optuna.trial import TrialState
+from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
-
-from .models import tiny_model
+from transformers import AutoModelForCausalLM, ByT5Tokenizer, PreTrainedTokenizerFast
 
 TEXTS = {
     "train": [f"{number} is the number {number} and not {number + 1}." for number in range(40)],
@@ -24,44 +26,45 @@ TEXTS = {
 }
 
 
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return offline.small_llama(tmp_path_factory.mktemp("base"), steps=1, block_size=16)
+
+
 @pytest.fixture
-def arguments(tmp_path: Path) -> list[str]:
-    """Those of a short run with a tiny LLaMA and compressed files."""
-    base = tmp_path / "base"
-    set_seed(0)
-    tiny_model(LlamaForCausalLM, vocab_size=258).save_pretrained(base)
-    byte_level_tokenizer().save_pretrained(base)
+def arguments(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Those of a short run with compressed files, and with a small LLaMA that is hardly pre-trained."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
     for name, texts in TEXTS.items():
         with gzip.open(tmp_path / f"{name}.jsonl.gz", "wt") as file:
             file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
-    files = {"train_file": "train", "validation_file": "test", "source_file": "source"}
-    named = [part for option, name in files.items() for part in (f"--{option}", str(tmp_path / f"{name}.jsonl.gz"))]
+    named = [part for name in TEXTS for part in (f"--{name}_file", str(tmp_path / f"{name}.jsonl.gz"))]
     short = "--tries 1 --seeds 1 --block_size 16 --num_train_epochs 1 --per_device_eval_batch_size 5".split()
-    return ["--model_name_or_path", str(base), "--output_dir", str(tmp_path / "out"), *named, *short]
+    return ["--model_name_or_path", base, "--output_dir", str(tmp_path / "out"), *named, *short]
 
 
-def perplexity(model: LlamaForCausalLM, texts: list[str], block_size: int) -> float:
+def prepared(arguments: list[str]) -> ForgettingComparison:
+    return ForgettingComparison(compare_forgetting.parse(ForgettingArguments, "text", None, arguments))
+
+
+def perplexity(model: torch.nn.Module, texts: list[str], block_size: int) -> float:
     """Computed here: of all tokens but the first of each block."""
-    tokenizer = byte_level_tokenizer()
-    tokens = [token for text in texts for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
-    blocks = torch.tensor(tokens[: len(tokens) // block_size * block_size]).view(-1, block_size)
+    tokens = torch.tensor([token for text in texts for token in ByT5Tokenizer(extra_ids=0)(text)["input_ids"]])
+    blocks = tokens[: len(tokens) // block_size * block_size].view(-1, block_size)
     with torch.no_grad():
         logits = model.eval()(input_ids=blocks).logits
     return math.exp(torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), blocks[:, 1:]).item())
 
 
-def test_perplexities_of_the_base_model(arguments: list[str]) -> None:
-    comparison = compare_forgetting.prepare(*compare_forgetting.parse(arguments))
+def test_what_is_trained_on_and_measured(arguments: list[str]) -> None:
+    comparison = prepared([*arguments, "--methods", "lora"])
     measured = comparison.of_base_model()
-    model, _ = comparison.load_model()
-    expected = [perplexity(model, TEXTS[name], block_size=16) for name in ("test", "source")]
-    assert list(measured) == COLUMNS
-    assert list(measured.values()) == pytest.approx(expected, rel=1e-5)
-
-
-def test_splits_share_no_text(arguments: list[str]) -> None:
-    comparison = compare_forgetting.prepare(*compare_forgetting.parse(arguments))
-    tokenizer = byte_level_tokenizer()
+    model = AutoModelForCausalLM.from_pretrained(comparison.base)
+    assert measured == {
+        f"{name} perplexity": pytest.approx(perplexity(model, TEXTS[texts], block_size=16), rel=1e-5)
+        for name, texts in (("target", "test"), ("source", "source"))
+    }
+    tokenizer = ByT5Tokenizer(extra_ids=0)
     read = {
         name: tokenizer.decode([token for row in rows for token in row["input_ids"]])
         for name, rows in comparison.rows.items()
@@ -74,46 +77,63 @@ def test_splits_share_no_text(arguments: list[str]) -> None:
     assert all(text in read["test"] for text in TEXTS["test"][:-1])
 
 
-def test_table(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    rows = compare_forgetting.main([*arguments, "--methods", "lora", "toast-lite"])
-    assert [row["method"] for row in rows] == ["lora", "toast-lite"]
-    printed = capsys.readouterr().out
-    assert "| target perplexity | source perplexity |" in printed
-    assert "Base model: target perplexity" in printed
-    for row in rows:
-        assert f"| {row['target perplexity']:.3f} | {row['source perplexity']:.3f} |" in printed
-    runs = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
-    assert [entry["run"]["evaluated_on"] for entry in runs] == ["validation", "test"] * 2
-    assert compare_forgetting.main([*arguments, "--methods", "lora", "toast-lite"]) == rows
-
-
-@pytest.mark.parametrize("method", TEXT_LEARNING_RATES)
-def test_the_best_try_has_the_lowest_perplexity_of_the_target(
-    method: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+def test_the_table_has_the_perplexities_of_target_and_source(
+    arguments: list[str], capsys: pytest.CaptureFixture
 ) -> None:
-    start_from = ["--pretrained_feedback", "saved", "--tries", "3"]
-    comparison = compare_forgetting.prepare(*compare_forgetting.parse([*arguments, *start_from]))
-    measured = iter([(4.0, 1.0), (2.0, 9.0), (3.0, 0.5)])
-    monkeypatch.setattr(comparison, "metrics", lambda run: dict(zip(COLUMNS, next(measured), strict=True)))
-    best = comparison.search(method)
-    assert (best.learning_rate, best.weight_decay) == search_points(TEXT_LEARNING_RATES[method], 3)[1]
-    assert best.pretrained_feedback == ("saved" if method == "toast-pretuned" else None)
+    runs = compare_forgetting.main([*arguments, "--methods", "lora", "toast-lite"])
+    assert list(runs["method"]) == ["lora"] * 2 + ["toast-lite"] * 2
+    assert list(runs["split"]) == ["validation", "test"] * 2
+    printed = capsys.readouterr().out
+    assert "Base model: target perplexity" in printed
+    for _, run in runs[runs["split"] == "test"].iterrows():
+        [line] = [line for line in printed.splitlines() if line.startswith(f"| `{run['method']}` ")]
+        cells = [cell.strip() for cell in line.split("|")]
+        assert cells[3:5] == [f"{run['target perplexity']:.3f}", f"{run['source perplexity']:.3f}"]
 
 
-def test_a_method_for_images_only(capsys: pytest.CaptureFixture) -> None:
+def test_the_best_try_has_the_lowest_perplexity_of_the_target() -> None:
+    tries = [
+        {"target perplexity": target, "source perplexity": source} for target, source in ((4, 1), (2, 9), (3, 0.5))
+    ]
+    comparison = object.__new__(ForgettingComparison)
+    assert max(tries, key=comparison.goodness) == tries[1]
+
+
+@pytest.mark.parametrize("loss", [math.nan, 1000.0])
+def test_a_training_that_diverged_is_the_worst_try(loss: float) -> None:
+    comparison = object.__new__(ForgettingComparison)
+    comparison.rows = {"validation": None, "source": None}
+    metrics = comparison.measure(SimpleNamespace(evaluate=lambda rows: {"eval_loss": loss}), "validation")
+    assert metrics == {"target perplexity": math.inf, "source perplexity": math.inf}
+    study = optuna.create_study(storage="sqlite://", direction="maximize")
+    study.optimize(lambda trial: comparison.goodness(metrics)[0], n_trials=1)
+    assert study.trials[0].state == TrialState.COMPLETE
+
+
+def test_methods_for_images_are_refused(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
-        compare_forgetting.parse(["--methods", "linear"])
-    assert "--methods linear is unknown; choose some of full, lora, toast" in capsys.readouterr().err
+        compare_forgetting.main(["--methods", "linear"])
+    possible = [name for name, method in METHODS.items() if method.text and name != "toast-pretuned"]
+    assert f"--methods linear cannot run; choose some of {', '.join(possible)}." in capsys.readouterr().err
+
+
+def test_the_default_texts_are_docstrings_of_other_modules() -> None:
+    numeric, prose = (offline.docstrings(numeric) for numeric in (True, False))
+    assert any("Decimal" in text for text in numeric["train"]["text"])
+    texts = [text for data in (numeric, prose) for part in data.values() for text in part["text"]]
+    assert len(set(texts)) > 1000 and len(texts) - len(set(texts)) < 10
 
 
 def test_a_tokenizer_that_marks_the_start_of_texts_gets_no_other_marks() -> None:
-    tokenizer = byte_level_tokenizer()
-    ended = blocks_of_tokens(tokenizer, 3)({"text": ["ab", "", "cd"]})["input_ids"]
-    a, b, c, d = tokenizer("abcd")["input_ids"]
-    end = tokenizer.eos_token_id
-    assert ended == [[a, b, end], [end, c, d]]
-    marked = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, bos_token="<|padding|>")
-    template = TemplateProcessing(single="<|padding|> $A", special_tokens=[("<|padding|>", marked.bos_token_id)])
-    marked.backend_tokenizer.post_processor = template
-    start = marked.bos_token_id
-    assert blocks_of_tokens(marked, 3)({"text": ["ab", "cd"]})["input_ids"] == [[start, a, b], [start, c, d]]
+    texts = Dataset.from_dict({"text": ["ab", "c d"]})
+    byte_rows = offline.token_rows(texts, ByT5Tokenizer(extra_ids=0), block_size=3)
+    assert [row["input_ids"] for row in byte_rows] == [[100, 101, 1], [102, 35, 103]]  # the last 1 is left over
+    letters = Tokenizer(
+        models.WordLevel({name: index for index, name in enumerate(["<s>", "</s>", "ab", "c", "d"])}, "d")
+    )
+    letters.pre_tokenizer = pre_tokenizers.Whitespace()
+    ended = PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="</s>")
+    assert [row["input_ids"] for row in offline.token_rows(texts, ended, 2)] == [[2, 1], [3, 4]]
+    letters.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    marked = PreTrainedTokenizerFast(tokenizer_object=letters, bos_token="<s>", eos_token="</s>")
+    assert [row["input_ids"] for row in offline.token_rows(texts, marked, 2)] == [[0, 2], [0, 3]]

@@ -1,4 +1,4 @@
-"""What TOAST costs next to the frozen base model and LoRA: time and memory, measured side by side in one run.
+"""What fine-tuning methods cost next to the frozen base model and LoRA: time and memory, measured side by side.
 
     python examples/benchmarks/cost.py --model vit-small
     python examples/benchmarks/cost.py --model llama-1b --device cuda --dtype bfloat16 --compile_model
@@ -8,14 +8,18 @@ method once, one after the other, and the table shows medians over the rounds of
 and decoding) or to LoRA (training step), so that a noisy machine slows all of them alike.
 """
 
-import statistics
+import argparse
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
+import pandas as pd
 import torch
-from peft import LoraConfig, PeftConfig, get_peft_model
+from methods import METHODS, apply_method
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import (
     HfArgumentParser,
@@ -26,8 +30,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from toast_peft import TopDownConfig
-
+Inputs = dict[str, Any]
 MODELS = {
     "vit-small": (
         ViTForImageClassification,
@@ -52,14 +55,10 @@ MODELS = {
         ),
     ),
 }
-METHODS: dict[str, Callable[[], PeftConfig | None]] = {
-    "base": lambda: None,
-    "LoRA r=8": lambda: LoraConfig(r=8, target_modules=["q_proj", "v_proj"]),
-    "TOAST": lambda: TopDownConfig(),
-    "TOAST-Lite r=8": lambda: TopDownConfig(r=8),
-    "TOAST-Lite early": lambda: TopDownConfig(r=8, feedback_from=0.5),
-    "TOAST-Lite late": lambda: TopDownConfig(r=8, feedback_to=0.5),
-}
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Help with the defaults, and the lines of a description as they are."""
 
 
 @dataclass
@@ -67,6 +66,13 @@ class Arguments:
     """What to measure."""
 
     model: str = field(default="vit-small", metadata={"help": "The model's shape.", "choices": list(MODELS)})
+    methods: list[str] = field(
+        default_factory=lambda: ["toast", "toast-lite", "toast-lite-early", "toast-lite-late"],
+        metadata={
+            "help": "Methods of `methods.py`, besides the base model and LoRA.",
+            "choices": [name for name, method in METHODS.items() if method.config],
+        },
+    )
     device: str = field(default="cpu", metadata={"help": "Device to measure on."})
     dtype: str = field(default="float32", metadata={"help": "Dtype of the base model, for example bfloat16."})
     batch_size: int = field(default=4, metadata={"help": "Images or sentences at a time."})
@@ -75,39 +81,28 @@ class Arguments:
     compile_model: bool = field(default=False, metadata={"help": "Measure after torch.compile."})
 
 
-@dataclass
-class Method:
-    """A model to be measured and what has been measured."""
-
-    model: nn.Module
-    inputs: dict[str, torch.Tensor]
-    forward: list[float] = field(default_factory=list)
-    training_step: list[float] = field(default_factory=list)
-    decoding: list[float] = field(default_factory=list)
-    memory: float = 0.0
-
-
-def make_inputs(arguments: Arguments, model: nn.Module) -> dict[str, torch.Tensor]:
-    """A random batch with labels."""
-    shape = (arguments.batch_size, arguments.length)
-    if model.main_input_name == "pixel_values":
-        size, dtype = model.config.image_size, getattr(torch, arguments.dtype)
-        images = torch.randn(arguments.batch_size, 3, size, size, device=arguments.device, dtype=dtype)
-        return {"pixel_values": images, "labels": torch.zeros(shape[:1], dtype=torch.long, device=arguments.device)}
-    ids = torch.randint(0, model.config.vocab_size, shape, device=arguments.device)
-    return {"input_ids": ids, "labels": ids, "use_cache": False}
-
-
-def make_method(arguments: Arguments, config: PeftConfig | None) -> Method:
-    """The base model, adapted if there is a config."""
+def make_model(arguments: Arguments, method: str) -> nn.Module:
+    """The base model, adapted with a method unless this is "base"."""
     torch.manual_seed(0)
-    model_class, model_config = MODELS[arguments.model]
-    model = model_class(model_config).to(arguments.device, getattr(torch, arguments.dtype))
-    inputs = make_inputs(arguments, model)
-    model = model.requires_grad_(False) if config is None else get_peft_model(model, config)
+    model_class, config = MODELS[arguments.model]
+    model = model_class(config).to(arguments.device, getattr(torch, arguments.dtype)).requires_grad_(False)
+    if method != "base":
+        model = apply_method(model, method)
     if arguments.compile_model:
         model.compile()
-    return Method(model, inputs)
+    return model
+
+
+def make_inputs(arguments: Arguments) -> Inputs:
+    """A random batch with labels."""
+    model_class, config = MODELS[arguments.model]
+    shape, device = (arguments.batch_size, arguments.length), arguments.device
+    if model_class.main_input_name == "pixel_values":
+        size, dtype = config.image_size, getattr(torch, arguments.dtype)
+        images = torch.randn(arguments.batch_size, 3, size, size, device=device, dtype=dtype)
+        return {"pixel_values": images, "labels": torch.zeros(shape[:1], dtype=torch.long, device=device)}
+    ids = torch.randint(0, config.vocab_size, shape, device=device)
+    return {"input_ids": ids, "labels": ids, "use_cache": False}
 
 
 def seconds(function: Callable[[], object], device: str) -> float:
@@ -122,22 +117,25 @@ def seconds(function: Callable[[], object], device: str) -> float:
 
 
 @torch.no_grad()
-def run_forward(method: Method) -> None:
-    """A forward in eval mode."""
-    method.model.eval()(**method.inputs)
+def forward_time(model: nn.Module, inputs: Inputs, device: str) -> float:
+    """Seconds for a forward in eval mode."""
+    model.eval()
+    return seconds(lambda: model(**inputs), device)
 
 
-def run_training_step(method: Method) -> None:
-    """Forward and backward."""
-    method.model.train()(**method.inputs).loss.backward()
-    method.model.zero_grad()
+def training_time(model: nn.Module, inputs: Inputs, device: str) -> float:
+    """Seconds for a forward and backward."""
+    model.train()
+    taken = seconds(lambda: model(**inputs).loss.backward(), device)
+    model.zero_grad()
+    return taken
 
 
 @torch.no_grad()
-def decoding_time(method: Method, device: str, steps: int = 8) -> float:
+def decoding_time(model: nn.Module, inputs: Inputs, device: str, steps: int = 8) -> float:
     """Seconds for `steps` tokens with a static cache, after the prompt."""
-    model, ids = method.model.eval(), method.inputs["input_ids"]
-    cache = StaticCache(config=model.config, max_cache_len=ids.shape[1] + steps)
+    ids = inputs["input_ids"]
+    cache = StaticCache(config=model.eval().config, max_cache_len=ids.shape[1] + steps)
     next_ids = model(input_ids=ids, past_key_values=cache).logits[:, -1:].argmax(-1)
 
     def decode() -> None:
@@ -147,9 +145,9 @@ def decoding_time(method: Method, device: str, steps: int = 8) -> float:
     return seconds(decode, device)
 
 
-def activation_memory(method: Method) -> float:
-    """Megabytes that autograd keeps for the backward pass, without parameters."""
-    own = {parameter.data_ptr() for parameter in method.model.parameters()}
+def activation_megabytes(model: nn.Module, inputs: Inputs) -> float:
+    """What autograd keeps for the backward pass, without parameters."""
+    own = {parameter.data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
 
     def remember(tensor: torch.Tensor) -> torch.Tensor:
@@ -158,54 +156,64 @@ def activation_memory(method: Method) -> float:
         return tensor.detach()  # the tensor itself would hold the node that saves it, and never be freed
 
     with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
-        loss = method.model.train()(**method.inputs).loss
+        loss = model.train()(**inputs).loss
     del loss
     return sum(kept.values()) / 2**20
 
 
-def measure(arguments: Arguments) -> dict[str, Method]:
-    """All methods, in rounds; the first round warms up and does not count."""
-    methods = {name: make_method(arguments, make_config()) for name, make_config in METHODS.items()}
+def training_step_cost(model: nn.Module, inputs: Inputs) -> dict[str, float]:
+    """Floating-point operations of a forward and backward, and megabytes that the forward keeps for the backward."""
+    # PyTorch does not count the fused attention of CPUs. The optimizer is not counted, for any method.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model.train()(**inputs).loss.backward()
+    model.zero_grad()
+    return {
+        "flops_per_step": counter.get_total_flops(),
+        "activation_megabytes": activation_megabytes(model, inputs),
+    }
+
+
+def measure(arguments: Arguments) -> pd.DataFrame:
+    """All methods in rounds; the first round warms up and does not count.
+
+    Returns:
+        One row for each method, of ratios (medians over the rounds) and megabytes.
+    """
+    models = {name: make_model(arguments, name) for name in dict.fromkeys(["base", "lora", *arguments.methods])}
+    inputs, device = make_inputs(arguments), arguments.device
+    timers = {"forward": forward_time, "training step": training_time, "decoding": decoding_time}
+    if "input_ids" not in inputs:
+        del timers["decoding"]
+    times = []
     for round_index in tqdm(range(arguments.rounds + 1), desc="rounds"):
-        for name, method in methods.items():
-            times = [(method.forward, seconds(lambda: run_forward(method), arguments.device))]  # noqa: B023
-            if name != "base":
-                times.append(
-                    (method.training_step, seconds(lambda: run_training_step(method), arguments.device))  # noqa: B023
-                )
-            if "input_ids" in method.inputs:
-                times.append((method.decoding, decoding_time(method, arguments.device)))
-            if round_index > 0:
-                for record, value in times:
-                    record.append(value)
-    for name, method in methods.items():
-        method.memory = 0.0 if name == "base" or arguments.compile_model else activation_memory(method)
-    return methods
+        for method, model in models.items():
+            for name, timer in timers.items():
+                if (method, name) != ("base", "training step"):
+                    times.append((round_index, method, name, timer(model, inputs, device)))
+    frame = pd.DataFrame(times, columns=["round", "method", "what", "seconds"]).query("round > 0")
+    taken = frame.pivot(index="round", columns=["what", "method"], values="seconds")
+    table = pd.DataFrame(index=list(models))
+    for name in timers:
+        reference = "lora" if name == "training step" else "base"
+        table[f"{name} / {reference}"] = taken[name].div(taken[name][reference], axis=0).median()
+    if not arguments.compile_model:
+        megabytes = {name: activation_megabytes(model, inputs) for name, model in models.items() if name != "base"}
+        table["activations kept, MB"] = pd.Series(megabytes)
+    return table
 
 
-def ratio(times: list[float], reference: list[float]) -> str:
-    """Median over the rounds of the ratio to the reference."""
-    if not times:
-        return "-"
-    return f"{statistics.median(t / r for t, r in zip(times, reference, strict=True)):.2f}"
+def main(arguments: list[str] | None = None) -> None:
+    """Measure and print the table.
 
-
-def main() -> None:
-    """Measure and print the table."""
-    [arguments] = HfArgumentParser(Arguments).parse_args_into_dataclasses()
-    methods = measure(arguments)
-    base, lora = methods["base"], methods["LoRA r=8"]
-    print(f"\n{arguments.model}, {arguments.device}, {arguments.dtype}, median of {arguments.rounds} rounds\n")
-    print("| method | forward / base | decoding / base | training step / LoRA | activations kept, MB |")
-    print("|---|---|---|---|---|")
-    for name, method in methods.items():
-        cells = (
-            ratio(method.forward, base.forward),
-            ratio(method.decoding, base.decoding),
-            ratio(method.training_step, lora.training_step),
-            f"{method.memory:.0f}" if method.memory else "-",
-        )
-        print(f"| {name} | {' | '.join(cells)} |")
+    Args:
+        arguments: as on the command line.
+    """
+    parser = HfArgumentParser(Arguments, description=__doc__, formatter_class=HelpFormatter)
+    [parsed] = parser.parse_args_into_dataclasses(arguments)
+    table = measure(parsed)
+    print(f"\n{parsed.model}, {parsed.device}, {parsed.dtype}, median of {parsed.rounds} rounds\n")
+    formats = ["", *(".0f" if column.endswith("MB") else ".2f" for column in table)]
+    print(table.astype(object).where(table.notna(), None).to_markdown(floatfmt=formats, missingval="-"))
 
 
 if __name__ == "__main__":

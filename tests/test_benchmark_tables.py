@@ -1,0 +1,46 @@
+"""The tables of the benchmarks: what a comparison shows, and what `cost.py` prints."""
+
+import cost
+import pandas as pd
+import pytest
+import tables
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+def cells(markdown: str) -> list[list[str]]:
+    """The cells of all tables, without the lines below their heads."""
+    rows = [[cell.strip() for cell in line.strip().split("|")] for line in markdown.splitlines() if "|" in line]
+    return [row for row in rows if not set("".join(row)) <= set(":-")]
+
+
+def test_a_table_has_means_and_deviations_of_the_tests_only() -> None:
+    costs = {"learning_rate": 0.1, "weight_decay": 0.01, "trainable_parameters": 1234}
+    costs |= {"flops_per_step": 2.5e9, "activation_megabytes": 7.4, "seconds": 3.0}
+    runs = pd.DataFrame(
+        {"method": method, "split": split, "accuracy": accuracy} | costs
+        for method, split, accuracy in (
+            ("lora", "validation", 0.9),
+            ("lora", "test", 0.5),
+            ("lora", "test", 0.7),
+            ("full", "test", 0.25),
+        )
+    )
+    table = tables.comparison_table(runs, ["accuracy"], digits=2)
+    assert list(table.index) == ["`lora`", "`full`"]
+    assert list(table["accuracy"]) == ["0.60 ± 0.14", "0.25"]
+    assert list(table.loc["`full`"]) == ["1,234", "0.25", "1.0e-01", "1.0e-02", "2.5", "7", "3"]
+
+
+def test_costs_are_measured_next_to_the_base_model_and_lora(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
+    monkeypatch.setitem(cost.MODELS, "llama-30m", (LlamaForCausalLM, config))
+    cost.main(["--model", "llama-30m", "--rounds", "2", "--batch_size", "1", "--length", "4", "--methods", "toast"])
+    head, base, lora, toast = cells(capsys.readouterr().out)
+    assert head[2:-1] == ["forward / base", "training step / lora", "decoding / base", "activations kept, MB"]
+    assert base[1:-1] == ["base", "1.00", "-", "1.00", "-"]
+    assert (lora[1], lora[3], toast[1]) == ("lora", "1.00", "toast")
+    assert all(float(ratio) > 0 for ratio in toast[2:-2])
