@@ -13,12 +13,6 @@ AROUND_IT = [
         f"{START}ResNetFor'",
     ),
     Mutant(
-        "ConvNet: features not contiguous",
-        "run.features.movedim(1, -1).contiguous()",
-        "run.features.movedim(1, -1)",
-        "families/test_convnets.py -k 'formulas or lora or ranges'",
-    ),
-    Mutant(
         "ConvNet: height and width exchanged",
         "F.pad(z, (0, missing[1], 0, missing[0]))",
         "F.pad(z, (0, missing[0], 0, missing[1]))",
