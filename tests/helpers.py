@@ -203,7 +203,7 @@ def _content(value: Any) -> Any:
 # ------------------------------------------------------------------------------------------------------- comparisons
 
 
-def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
+def assert_same(found: torch.Tensor, expected: torch.Tensor, name: str = "") -> None:
     """Equal but for rounding, relative to the largest entry.
 
     For tensors computed from other memory, or where other parameters require a gradient: torch may choose another
@@ -211,7 +211,7 @@ def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
     """
     rounding = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}[expected.dtype]
     largest = expected.abs().max().item()
-    torch.testing.assert_close(found, expected, rtol=0, atol=rounding * largest)
+    torch.testing.assert_close(found, expected, rtol=0, atol=rounding * largest, msg=lambda text: f"{name}\n{text}")
 
 
 def assert_same_gradients(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:

@@ -10,7 +10,7 @@ import torch
 from accelerate.commands.config.config_args import ClusterConfig
 from peft import PeftModel
 
-from ..helpers import output_of
+from ..helpers import assert_same, output_of
 from ..zoo import VIT_AND_LLAMA, inputs_of, tiny_model
 from .distributed_worker import BATCH_SIZE, SCENARIOS, optimizer_of, scenario_inputs, scenario_model, train
 
@@ -56,10 +56,10 @@ def assert_trained_as_by_one_process(model_class: type, scenario: str, folder: P
     for name, start in before.items():
         expected, where = model.get_parameter(name), f"{folder.parent.name}, {scenario}: {name}"
         assert not torch.equal(expected, start), where
-        torch.testing.assert_close(loaded.get_parameter(name), expected, rtol=0, atol=1e-6, msg=where)
+        assert_same(loaded.get_parameter(name), expected, where)
     # What the two processes computed with these weights, not only what they saved.
     output = torch.load(folder / "output.pt", weights_only=True)
-    torch.testing.assert_close(output_of(loaded, inputs_of(loaded, BATCH_SIZE)), output, rtol=0, atol=1e-6)
+    assert_same(output_of(loaded, inputs_of(loaded, BATCH_SIZE)), output)
 
 
 @pytest.mark.parametrize("path", EXAMPLE_CONFIGS, ids=lambda path: path.stem)

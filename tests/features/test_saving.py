@@ -16,6 +16,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from safetensors.torch import load_file
+from toast_peft.topdown_layer import belongs_to
 from torch import nn
 
 from toast_peft import TopDownConfig
@@ -152,6 +153,18 @@ def test_loaded_under_another_name(tmp_path: Path) -> None:
     assert set(load_file(again / "mine" / "adapter_model.safetensors")) == set(get_peft_model_state_dict(model))
     third = PeftModel.from_pretrained(tiny_model(tf.LlamaForCausalLM), again / "mine")
     assert_same(output_of(third), output_of(model))
+
+
+@pytest.mark.parametrize(
+    ("parameter", "belongs"),
+    [
+        ("model.feedback_path.layers.0.topdown_linear1.layers.weight", True),
+        ("model.feedback_path.layers.0.topdown_linear1.other.weight", False),
+        ("model.layers.0.mlp.up_proj.weight", False),
+    ],
+)
+def test_adapter_of_any_name_owns_its_feedback_only(parameter: str, belongs: bool) -> None:
+    assert belongs_to("layers", parameter) == belongs
 
 
 def test_config_survives_saving(tmp_path: Path) -> None:
