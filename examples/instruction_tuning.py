@@ -30,6 +30,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
+from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig, SFTTrainer
 
 from toast_peft import FeedbackCallback, TopDownConfig, initialize_feedback
@@ -75,6 +76,7 @@ def parse(argv: list[str] | None = None) -> tuple[Arguments, SFTConfig]:
         logging_steps=50,
         save_strategy="no",
         gradient_checkpointing=False,
+        bf16=is_torch_bf16_gpu_available(),
     )
     return arguments, *trainer_parser.parse_args_into_dataclasses(others)
 
@@ -118,18 +120,19 @@ def documented_functions() -> Iterator[dict[str, str]]:
                 yield {"instruction": question, "output": " ".join(text.split("\n\n")[0].split())}
 
 
-def pretrain(folder: Path, steps: int) -> None:
+def pretrain(folder: str, steps: int) -> None:
     """Pre-train a small LLaMA on docstrings as they are, and save it."""
     bytes_and_end = [*sorted(ByteLevel.alphabet()), "<|endoftext|>"]
     tokenizer = GPT2Tokenizer(vocab={token: index for index, token in enumerate(bytes_and_end)}, merges=[])
     size = {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 4, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **size))
     schedule = {"max_steps": steps, "learning_rate": 3e-3, "lr_scheduler_type": "cosine", "warmup_steps": 0.05}
-    packing = {"packing": True, "packing_strategy": "wrapped", "max_length": 128, "gradient_checkpointing": False}
+    packing = {"packing": True, "packing_strategy": "wrapped", "max_length": 128}
+    options = {"save_strategy": "no", "gradient_checkpointing": False, "bf16": is_torch_bf16_gpu_available()}
     texts = Dataset.from_dict({"text": [row["output"] for row in documented_functions()]})
     trainer = SFTTrainer(
         model=model,
-        args=SFTConfig(str(folder), save_strategy="no", **schedule, **packing),
+        args=SFTConfig(folder, **schedule, **packing, **options),
         train_dataset=texts,
         processing_class=tokenizer,
     )
@@ -155,7 +158,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     base = arguments.model_name_or_path
     if base is None:
         base = f"{config.output_dir}/small_llama"
-        pretrain(Path(base), arguments.pretraining_steps)
+        pretrain(base, arguments.pretraining_steps)
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
     data = load_conversations(arguments)

@@ -4,13 +4,12 @@
     python examples/text_classification.py --model_name_or_path google-bert/bert-base-uncased \
         --train_file train.jsonl --validation_file test.jsonl --max_length 128 --output_dir outputs/mine
 
-Without a model and data it needs no network: a small BERT that has filled in masked words of docstrings of Python's
-standard library learns to tell from a docstring which package it is from.
+Without a model and data it needs no network: a small BERT that knows the modules of Python's standard library by their
+docstrings learns to tell its packages apart.
 """
 
 import ast
 import sysconfig
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -21,9 +20,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
-    BertForMaskedLM,
+    BertForSequenceClassification,
     BertTokenizer,
-    DataCollatorForLanguageModeling,
     DataCollatorWithPadding,
     EvalPrediction,
     HfArgumentParser,
@@ -36,7 +34,11 @@ from transformers import (
 
 from toast_peft import FeedbackCallback, TopDownConfig, initialize_feedback
 
-PACKAGES = ("asyncio", "email", "http", "importlib", "logging", "unittest", "urllib", "xml")
+LIBRARY = Path(sysconfig.get_path("stdlib"))
+MODULES = {path.stem: [path] for path in sorted(LIBRARY.glob("*.py"))}
+PACKAGES = {
+    name: sorted((LIBRARY / name).glob("*.py")) for name in ("asyncio", "email", "importlib", "logging", "unittest")
+}
 
 
 @dataclass
@@ -54,10 +56,10 @@ class Arguments:
     validation_file: str | None = field(default=None, metadata={"help": "Local file for the evaluation."})
     text_column_name: str = field(default="text", metadata={"help": "Column with the texts."})
     label_column_name: str = field(default="label", metadata={"help": "Column with the classes."})
-    max_length: int = field(default=64, metadata={"help": "Texts are cut off after so many tokens."})
+    max_length: int = field(default=48, metadata={"help": "Texts are cut off after so many tokens."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many texts at most."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many texts at most."})
-    pretraining_steps: int = field(default=600, metadata={"help": "Steps of pre-training of the small BERT."})
+    pretraining_steps: int = field(default=400, metadata={"help": "Steps of pre-training of the small BERT."})
 
 
 def parse(argv: list[str] | None = None) -> tuple[Arguments, TrainingArguments]:
@@ -101,31 +103,29 @@ def load_texts(arguments: Arguments) -> DatasetDict:
     return DatasetDict({split: data[split].select(range(len(data[split]))[:limit]) for split, limit in limits.items()})
 
 
-def library_docstrings(packages: Sequence[str]) -> Dataset:
-    """Docstrings of packages of Python's standard library ("" is all its single modules); the package is the label."""
-    root = Path(sysconfig.get_path("stdlib"))
+def library_docstrings(sources: dict[str, list[Path]]) -> Dataset:
+    """The docstrings in some files of Python's standard library; what the files belong to is the label."""
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     label_of = {}  # many share a docstring, which must not be in both splits
-    for package in packages:
-        for path in sorted((root / package).glob("*.py")):
-            for node in ast.walk(ast.parse(path.read_bytes())):
-                if isinstance(node, documented) and (text := ast.get_docstring(node)):
-                    label_of.setdefault(text, package)
+    for label, paths in sources.items():
+        for node in (node for path in paths for node in ast.walk(ast.parse(path.read_bytes()))):
+            if isinstance(node, documented) and (text := ast.get_docstring(node)):
+                label_of.setdefault(text, label)
     data = Dataset.from_dict({"text": list(label_of), "label": list(label_of.values())})
     return data.class_encode_column("label")
 
 
-def pretrain(folder: Path, steps: int, max_length: int) -> None:
-    """Pre-train a small BERT to fill in masked words, and save it."""
-    data = library_docstrings(["", *PACKAGES]).remove_columns("label")
+def pretrain(folder: str, steps: int, max_length: int) -> None:
+    """Pre-train a small BERT to tell modules by their docstrings, and save it."""
+    data = library_docstrings(MODULES)
     tokenizer = BertTokenizer().train_new_from_iterator(data["text"], vocab_size=2000)
     size = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4}
-    model = BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), **size))
-    schedule = {"max_steps": steps, "learning_rate": 3e-3, "lr_scheduler_type": "cosine", "warmup_steps": 0.1}
-    arguments = TrainingArguments(str(folder), save_strategy="no", per_device_train_batch_size=32, **schedule)
+    labels = {"num_labels": len(data.features["label"].names)}
+    model = BertForSequenceClassification(BertConfig(vocab_size=len(tokenizer), **size, **labels))
+    schedule = {"max_steps": steps, "learning_rate": 2e-3, "lr_scheduler_type": "cosine", "warmup_steps": 0.1}
+    arguments = TrainingArguments(folder, save_strategy="no", per_device_train_batch_size=32, **schedule)
     tokens = tokenize(data, tokenizer, max_length)
-    collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15)
-    Trainer(model, arguments, collator, tokens, processing_class=tokenizer).train()
+    Trainer(model, arguments, DataCollatorWithPadding(tokenizer), tokens, processing_class=tokenizer).train()
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
 
@@ -156,7 +156,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     base = arguments.model_name_or_path
     if base is None:
         base = f"{training_arguments.output_dir}/small_bert"
-        pretrain(Path(base), arguments.pretraining_steps, arguments.max_length)
+        pretrain(base, arguments.pretraining_steps, arguments.max_length)
     tokenizer = AutoTokenizer.from_pretrained(base)
     data = load_texts(arguments)
     model = load_model(base, data["train"].features["label"].names)

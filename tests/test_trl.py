@@ -149,7 +149,7 @@ def test_dpo_lowers_the_loss(precompute: bool, checkpointing: str, tmp_path: Pat
 # -------------------------------------------------------------------------------- examples/instruction_tuning.py
 
 EXAMPLE = ["--pretraining_steps", "2", "--max_steps", "2", "--max_train_samples", "8", "--max_eval_samples", "4"]
-EXAMPLE += ["--report_to", "none", "--use_cpu", "--bf16", "False", "--disable_tqdm", "True"]
+EXAMPLE += ["--report_to", "none", "--use_cpu", "--disable_tqdm", "True"]
 
 
 def test_the_example_learns_from_answers_and_saves(tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_the_example_takes_instructions_and_conversations(tmp_path: Path, monkey
     for name, written, read in (("alpaca", rows, expected), ("trl", [expected] * 10, expected)):
         file = tmp_path / f"{name}.jsonl"
         file.write_text("\n".join(map(json.dumps, written)))
-        arguments, _ = instruction_tuning.parse(["--train_file", str(file), "--bf16", "False"])
+        arguments, _ = instruction_tuning.parse(["--train_file", str(file)])
         data = instruction_tuning.load_conversations(arguments)
         assert {split: len(data[split]) for split in data} == {"train": 9, "validation": 1}
         assert data["train"][0] == read
