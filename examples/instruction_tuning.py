@@ -59,7 +59,7 @@ class Arguments:
     validation_file: str | None = field(default=None, metadata={"help": "Local file for the evaluation."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many conversations at most."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many at most."})
-    pretraining_steps: int = field(default=600, metadata={"help": "Steps of pre-training of the small LLaMA."})
+    pretraining_steps: int = field(default=500, metadata={"help": "Steps of pre-training of the small LLaMA."})
 
 
 def parse(argv: list[str] | None = None) -> tuple[Arguments, SFTConfig]:
@@ -71,8 +71,8 @@ def parse(argv: list[str] | None = None) -> tuple[Arguments, SFTConfig]:
     trainer_parser.set_defaults(
         output_dir="outputs/instruction_tuning",
         learning_rate=3e-3,
-        num_train_epochs=2,
-        max_length=256,
+        num_train_epochs=1,
+        max_length=128,
         logging_steps=50,
         save_strategy="no",
         gradient_checkpointing=False,
@@ -140,12 +140,10 @@ def pretrain(folder: str, steps: int) -> None:
     trainer.save_model()
 
 
-def answer(model: PeftModel, tokenizer: PreTrainedTokenizerBase, question: str) -> str:
-    """The answer to a question."""
-    messages = [{"role": "user", "content": question}]
-    inputs = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    ).to(model.device)
+def answer(model: PeftModel, tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
+    """What the model answers to some messages, the last of which is the user's."""
+    options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+    inputs = tokenizer.apply_chat_template(messages, **options).to(model.device)
     with torch.no_grad():
         [tokens] = model.eval().generate(**inputs, max_new_tokens=100, do_sample=False)
     return tokenizer.decode(tokens[inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -179,7 +177,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     trainer.save_model()  # model.save_pretrained(...) with the tokenizer, also in distributed training
     trainer.log_metrics("all", metrics)
     trainer.save_metrics("all", metrics, combined=False)
-    print(answer(trainer.model, tokenizer, "What does shutil.copy_all(source, target) do?"))
+    example = data["validation"][0]
+    question = example["prompt"] if "prompt" in example else example["messages"][:1]
+    print(question[-1]["content"], answer(trainer.model, tokenizer, question), sep="\n")
     return metrics
 
 

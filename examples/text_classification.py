@@ -4,8 +4,8 @@
     python examples/text_classification.py --model_name_or_path google-bert/bert-base-uncased \
         --train_file train.jsonl --validation_file test.jsonl --max_length 128 --output_dir outputs/mine
 
-Without a model and data it needs no network: a small BERT that knows the modules of Python's standard library by their
-docstrings learns to tell its packages apart.
+Without a model and data it needs no network: a small ModernBERT that knows the modules of Python's standard library by
+their docstrings learns to tell its packages apart.
 """
 
 import ast
@@ -19,12 +19,12 @@ from peft import get_peft_model
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    BertConfig,
-    BertForSequenceClassification,
     BertTokenizer,
     DataCollatorWithPadding,
     EvalPrediction,
     HfArgumentParser,
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -47,7 +47,7 @@ class Arguments:
 
     model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "Model on the Hub or a local folder. Default: a small BERT, pre-trained first."},
+        metadata={"help": "Model on the Hub or a local folder. Default: a small ModernBERT, pre-trained first."},
     )
     dataset_name: str | None = field(
         default=None, metadata={"help": "Data set on the Hub or a local folder. Default: docstrings of Python."}
@@ -59,7 +59,7 @@ class Arguments:
     max_length: int = field(default=48, metadata={"help": "Texts are cut off after so many tokens."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many texts at most."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many texts at most."})
-    pretraining_steps: int = field(default=400, metadata={"help": "Steps of pre-training of the small BERT."})
+    pretraining_steps: int = field(default=400, metadata={"help": "Steps of pre-training of the small ModernBERT."})
 
 
 def parse(argv: list[str] | None = None) -> tuple[Arguments, TrainingArguments]:
@@ -116,12 +116,14 @@ def library_docstrings(sources: dict[str, list[Path]]) -> Dataset:
 
 
 def pretrain(folder: str, steps: int, max_length: int) -> None:
-    """Pre-train a small BERT to tell modules by their docstrings, and save it."""
+    """Pre-train a small ModernBERT to tell modules by their docstrings, and save it."""
     data = library_docstrings(MODULES)
     tokenizer = BertTokenizer().train_new_from_iterator(data["text"], vocab_size=2000)
     size = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4}
-    labels = {"num_labels": len(data.features["label"].names)}
-    model = BertForSequenceClassification(BertConfig(vocab_size=len(tokenizer), **size, **labels))
+    special = {"pad_token_id": 0, "bos_token_id": 2, "cls_token_id": 2, "eos_token_id": 3, "sep_token_id": 3}
+    classes = {"num_labels": len(data.features["label"].names), "classifier_pooling": "mean"}
+    config = ModernBertConfig(vocab_size=len(tokenizer), **size, **special, **classes)
+    model = ModernBertForSequenceClassification(config)
     schedule = {"max_steps": steps, "learning_rate": 2e-3, "lr_scheduler_type": "cosine", "warmup_steps": 0.1}
     arguments = TrainingArguments(folder, save_strategy="no", per_device_train_batch_size=32, **schedule)
     tokens = tokenize(data, tokenizer, max_length)
@@ -155,7 +157,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     set_seed(training_arguments.seed)
     base = arguments.model_name_or_path
     if base is None:
-        base = f"{training_arguments.output_dir}/small_bert"
+        base = f"{training_arguments.output_dir}/small_modernbert"
         pretrain(base, arguments.pretraining_steps, arguments.max_length)
     tokenizer = AutoTokenizer.from_pretrained(base)
     data = load_texts(arguments)

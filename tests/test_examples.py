@@ -216,7 +216,7 @@ def test_the_tokens_of_the_small_llama_are_bytes(tmp_path: Path) -> None:
 def test_text_classification(tmp_path: Path) -> None:
     metrics = run(text_classification, tmp_path, "--max_length", "16", "--max_eval_samples", "32")
     assert metrics["eval_loss"] != metrics["before_loss"]
-    base = text_classification.load_model(str(tmp_path / "small_bert"), sorted(text_classification.PACKAGES))
+    base = text_classification.load_model(str(tmp_path / "small_modernbert"), sorted(text_classification.PACKAGES))
     assert_loads_and_steers(base, tmp_path, {"input_ids": torch.arange(5, 21).view(2, 8)})
 
 

@@ -158,7 +158,10 @@ def test_the_example_learns_from_answers_and_saves(tmp_path: Path) -> None:
     assert metrics["eval_loss"] < metrics["before_loss"]
     base = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "small_llama")
     tokenizer = tf.AutoTokenizer.from_pretrained(tmp_path)
-    assert instruction_tuning.answer(PeftModel.from_pretrained(base, tmp_path), tokenizer, "What is 1?") is not None
+    question = [{"role": "user", "content": "What does sum(numbers) do?"}]
+    model = PeftModel.from_pretrained(base, tmp_path)
+    answer = instruction_tuning.answer(model, tokenizer, question)
+    assert 0 < len(tokenizer(answer)["input_ids"]) and "assistant:" not in answer[:10]
     messages = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
     assert tokenizer.apply_chat_template(messages, tokenize=False) == "user: Why?\nassistant: So.<|endoftext|>"
 
