@@ -56,7 +56,7 @@ class Arguments:
         default=None,
         metadata={"help": "General data, on the Hub or in a local folder, streamed. Default: docstrings."},
     )
-    train_file: str | None = field(default=None, metadata={"help": "Texts of the task, .txt. Default: docstrings."})
+    train_file: str | None = field(default=None, metadata={"help": "Texts of the task. Default: docstrings or none."})
     text_column_name: str = field(default="text", metadata={"help": "Column with the texts."})
     block_size: int = field(default=128, metadata={"help": "The texts are joined and cut into blocks of this length."})
     image_column_name: str | None = field(default=None, metadata={"help": "Column with images, in place of texts."})
@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     trainer.train(resume_from_checkpoint=training_arguments.resume_from_checkpoint)
     trainer.save_model()
     metrics = {"variational_loss": trainer.model.last_variational_loss.item()}
-    if arguments.image_column_name is None:
+    if arguments.train_file or arguments.dataset_name is None:
         metrics |= adapt(base, output, arguments)
     trainer.log_metrics("all", metrics)
     trainer.save_metrics("all", metrics, combined=False)

@@ -20,7 +20,7 @@ def test_the_quickstart_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     [line] = [line for line in "".join(printed).splitlines() if line.startswith("accuracy before")]
     before, after = (float(part.split()[-1]) for part in line.split(", "))
     assert after > before + 0.2
-    assert (tmp_path / "outputs" / "quickstart" / "adapter" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "outputs" / "adapter" / "adapter_model.safetensors").is_file()
 
 
 def test_the_quickstart_is_saved_without_warnings_of_the_machine_it_ran_on() -> None:

@@ -71,5 +71,7 @@ def test_a_task_is_adapted_to_from_the_pre_trained_feedback(bases: Path, tmp_pat
     assert adapter and all("topdown_" in name for name in adapter)
 
 
-def test_images_of_another_size(bases: Path, tmp_path: Path) -> None:
-    assert run("images", bases, tmp_path, "--image_size", "16")["variational_loss"] > 0
+def test_images_of_another_size_are_pre_trained_on_without_a_task(bases: Path, tmp_path: Path) -> None:
+    metrics = run("images", bases, tmp_path, "--image_size", "16")
+    assert list(metrics) == ["variational_loss"] and metrics["variational_loss"] > 0
+    assert not (tmp_path / "task").exists()
