@@ -1,95 +1,118 @@
-"""Adapt a causal language model with TOAST, or for comparison with LoRA or full fine-tuning.
+"""Adapt a causal language model with TOAST.
 
-    python examples/language_modeling.py --method toast
+    python examples/language_modeling.py
     python examples/language_modeling.py --model_name_or_path meta-llama/Llama-3.2-1B \
         --train_file mine.txt --validation_file held_out.txt --block_size 512 --output_dir outputs/mine
 
-Without a model and data set it needs no network: a small byte-level LLaMA that has read docstrings of Python's
-standard library learns those of its modules about numbers.
+Without a model and data it needs no network: a small byte-level LLaMA that has read docstrings of Python's standard
+library learns those of its modules about numbers, which are worked examples, quite unlike the prose of the others.
 """
 
+import ast
 import math
+import random
+import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
-import torch
-from adaptation import (
-    BaseModelArguments,
-    DataArguments,
-    ModelArguments,
-    adapt,
-    named_data,
-    shortened,
-    train_and_evaluate,
-)
-from datasets import DatasetDict
-from offline_data import library_docstrings
-from tokenizers import Tokenizer
-from tokenizers.decoders import ByteLevel as ByteLevelDecoder
-from tokenizers.models import BPE
+from datasets import Dataset, DatasetDict, load_dataset
+from peft import get_peft_model
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GPT2Tokenizer,
     HfArgumentParser,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
     default_data_collator,
     set_seed,
 )
 
-# For the small LLaMA on the docstrings: for each method the best of 1e-3, 3e-3, 1e-2 and 3e-2 with another seed, but
-# for TOAST-Lite 3e-3, nearly as good as 1e-2. At high rates the prompt of TOAST can turn away from all tokens; then
-# there is no feedback and nothing left that learns.
-LEARNING_RATES = {"lora": 3e-2, "toast": 3e-3, "toast_lite": 3e-3, "full": 1e-3}
+from toast_peft import FeedbackCallback, TopDownConfig, initialize_feedback
+
+NUMERIC_MODULES = ["_pydecimal.py", "fractions.py", "statistics.py"]
+# Only what every installation of Python has.
+PACKAGES = ["asyncio", "collections", "email", "http", "importlib", "json", "logging", "unittest", "urllib", "xml"]
 
 
 @dataclass
-class TextArguments(DataArguments):
-    """Which texts to adapt to."""
+class Arguments:
+    """Which model to adapt, and to which texts."""
 
-    text_column_name: str = field(default="text", metadata={"help": "Column of the data set with the texts."})
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Model on the Hub or a local folder. Default: a small LLaMA, pre-trained first."},
+    )
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Data set on the Hub or a local folder. Default: docstrings of Python's library."},
+    )
+    train_file: str | None = field(default=None, metadata={"help": "Local .txt, .jsonl, .csv or .parquet instead."})
+    validation_file: str | None = field(default=None, metadata={"help": "Local file for the evaluation."})
+    text_column_name: str = field(default="text", metadata={"help": "Column with the texts."})
     block_size: int = field(default=128, metadata={"help": "The texts are joined and cut into blocks of this length."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many texts at most."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many texts at most."})
+    pretraining_steps: int = field(default=800, metadata={"help": "Steps of pre-training of the small LLaMA."})
 
 
-def parse(arguments: list[str] | None = None) -> tuple[ModelArguments, TextArguments, TrainingArguments]:
-    """The arguments of the script, from the command line if not given."""
-    parser = HfArgumentParser((ModelArguments, TextArguments, TrainingArguments), description=__doc__)
-    parser.set_defaults(
-        output_dir="outputs/text/toast",
-        do_train=True,
-        do_eval=True,
-        learning_rate=None,
+def parse(argv: list[str] | None = None) -> tuple[Arguments, TrainingArguments]:
+    """The arguments of the script. `--help` shows our own; those of the Trainer are over a hundred."""
+    more = "All options of transformers.TrainingArguments work too, such as --learning_rate and --num_train_epochs."
+    parser = HfArgumentParser(Arguments, description=__doc__.splitlines()[0], epilog=more, allow_abbrev=False)
+    arguments, others = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    trainer_parser = HfArgumentParser(TrainingArguments)
+    trainer_parser.set_defaults(
+        output_dir="outputs/language_modeling",
+        learning_rate=3e-3,
         num_train_epochs=3,
+        logging_steps=50,
         save_strategy="no",
-        dataloader_pin_memory=torch.accelerator.is_available(),
         prediction_loss_only=True,
         label_names=["labels"],
     )
-    model_arguments, data_arguments, training_arguments = parser.parse_args_into_dataclasses(arguments)
-    if model_arguments.method not in LEARNING_RATES:
-        parser.error(f"--method {model_arguments.method} is not for text; choose one of {', '.join(LEARNING_RATES)}.")
-    if training_arguments.learning_rate is None:
-        training_arguments.learning_rate = LEARNING_RATES[model_arguments.method]
-    return model_arguments, data_arguments, training_arguments
+    return arguments, *trainer_parser.parse_args_into_dataclasses(others)
 
 
-def load_texts(arguments: TextArguments) -> DatasetDict:
-    """The data to adapt to, with the column "text"."""
-    data = named_data(arguments)
-    if data is None:
-        return shortened(library_docstrings(numeric=True), arguments)
+def load_texts(arguments: Arguments) -> DatasetDict:
+    """The splits "train" and "validation" with the column "text"."""
+    if arguments.train_file is not None:
+        files = {"train": arguments.train_file, "validation": arguments.validation_file}
+        suffix = Path(arguments.train_file.removesuffix(".gz")).suffix[1:]
+        builder = {"jsonl": "json", "txt": "text"}.get(suffix, suffix)
+        data = load_dataset(builder, data_files={split: name for split, name in files.items() if name})
+    elif arguments.dataset_name is not None:
+        data = load_dataset(arguments.dataset_name)
+    else:
+        data = library_docstrings(numeric=True)
+    if "validation" not in data:
+        held_out = data if "test" in data else data["train"].train_test_split(0.1, seed=0)
+        data = DatasetDict(train=held_out["train"], validation=held_out["test"])
     data = data.select_columns(arguments.text_column_name)
     if arguments.text_column_name != "text":
         data = data.rename_column(arguments.text_column_name, "text")
-    return shortened(data, arguments)
+    limits = {"train": arguments.max_train_samples, "validation": arguments.max_eval_samples}
+    return DatasetDict({split: data[split].select(range(len(data[split]))[:limit]) for split, limit in limits.items()})
+
+
+def library_docstrings(numeric: bool) -> DatasetDict:
+    """Docstrings of Python's standard library, of the `NUMERIC_MODULES` or of the others; every fifth to validate."""
+    root = Path(sysconfig.get_path("stdlib"))
+    paths = [*sorted(root.glob("*.py")), *(path for name in PACKAGES for path in sorted((root / name).glob("*.py")))]
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    trees = [ast.parse(path.read_bytes()) for path in paths if (path.name in NUMERIC_MODULES) == numeric]
+    found = [ast.get_docstring(node) for tree in trees for node in ast.walk(tree) if isinstance(node, documented)]
+    texts = list(dict.fromkeys(filter(None, found)))  # many share a docstring, which must not be in both splits
+    random.Random(0).shuffle(texts)
+    train = [text for index, text in enumerate(texts) if index % 5]
+    return DatasetDict(train=Dataset.from_dict({"text": train}), validation=Dataset.from_dict({"text": texts[::5]}))
 
 
 def blocks_of_tokens(tokenizer: PreTrainedTokenizerBase, block_size: int) -> Callable[[dict], dict]:
@@ -107,98 +130,65 @@ def blocks_of_tokens(tokenizer: PreTrainedTokenizerBase, block_size: int) -> Cal
     return blocks
 
 
-def preprocess(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, block_size: int) -> DatasetDict:
-    """The texts as blocks of tokens."""
-    blocks = blocks_of_tokens(tokenizer, block_size)
-    return data.map(blocks, batched=True, remove_columns="text", desc="Tokenizing")
-
-
 def make_trainer(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: DatasetDict, arguments: TrainingArguments
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    data: DatasetDict,
+    block_size: int,
+    arguments: TrainingArguments,
 ) -> Trainer:
     """A Trainer of a language model."""
+    blocks = data.map(blocks_of_tokens(tokenizer, block_size), batched=True, remove_columns="text")
     return Trainer(
         model=model,
         args=arguments,
-        train_dataset=data["train"],
-        eval_dataset=data["validation"],
+        train_dataset=blocks["train"],
+        eval_dataset=blocks["validation"],
         data_collator=default_data_collator,
         processing_class=tokenizer,
     )
 
 
-def byte_level_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer whose tokens are the 256 bytes, an end of text and padding."""
-    special = ["<|endoftext|>", "<|padding|>"]
-    bytes_and_special = sorted(ByteLevel.alphabet()) + special
-    tokenizer = Tokenizer(BPE({token: index for index, token in enumerate(bytes_and_special)}, merges=[]))
-    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = ByteLevelDecoder()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=special[0], pad_token=special[1])
-
-
 def pretrain(folder: Path, steps: int, block_size: int) -> None:
     """Pre-train a small LLaMA on docstrings of modules that are not about numbers, and save it."""
-    tokenizer = byte_level_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=320,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model = LlamaForCausalLM(config)
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        learning_rate=3e-3,
-        adam_beta2=0.95,
-        weight_decay=0.1,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.05,
-        save_strategy="no",
-        dataloader_pin_memory=torch.accelerator.is_available(),
-    )
-    data = preprocess(library_docstrings(numeric=False), tokenizer, block_size)
-    make_trainer(model, tokenizer, data, arguments).train()
+    bytes_and_end = [*sorted(ByteLevel.alphabet()), "<|endoftext|>"]
+    tokenizer = GPT2Tokenizer(vocab={token: index for index, token in enumerate(bytes_and_end)}, merges=[])
+    size = {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 4, "num_attention_heads": 4}
+    ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **size, **ends))
+    schedule = {"max_steps": steps, "learning_rate": 3e-3, "lr_scheduler_type": "cosine", "warmup_steps": 0.05}
+    options = {"adam_beta2": 0.95, "weight_decay": 0.1, "save_strategy": "no"}
+    arguments = TrainingArguments(str(folder), **schedule, **options)
+    make_trainer(model, tokenizer, library_docstrings(numeric=False), block_size, arguments).train()
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
 
 
-def base_model_name(arguments: BaseModelArguments, output_dir: str, block_size: int) -> str:
-    """The name of the model to adapt; if none is given the small LLaMA, which is pre-trained at first use."""
-    if arguments.model_name_or_path is not None:
-        return arguments.model_name_or_path
-    folder = Path(output_dir).parent / "small_llama"
-    if not (folder / "model.safetensors").exists():
-        pretrain(folder, arguments.pretraining_steps, block_size)
-    return str(folder)
-
-
-def main(arguments: list[str] | None = None) -> dict[str, float]:
-    """Run the script.
-
-    Args:
-        arguments: as on the command line.
-
-    Returns:
-        The metrics: `before_perplexity`, `eval_perplexity`, `trainable_parameters` and those of the Trainer.
-    """
-    model_arguments, data_arguments, training_arguments = parse(arguments)
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Run the script, with arguments as on the command line; returns the metrics before and after."""
+    arguments, training_arguments = parse(argv)
     set_seed(training_arguments.seed)
-    base = base_model_name(model_arguments, training_arguments.output_dir, data_arguments.block_size)
-    set_seed(training_arguments.seed)  # the same start whether or not the base model was pre-trained just now
+    base = arguments.model_name_or_path
+    if base is None:
+        base = f"{training_arguments.output_dir}/small_llama"
+        pretrain(Path(base), arguments.pretraining_steps, arguments.block_size)
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base)
-    model = adapt(model, model_arguments, trainable=training_arguments.do_train, task_type="CAUSAL_LM")
-    data = preprocess(load_texts(data_arguments), tokenizer, data_arguments.block_size)
-    metrics = train_and_evaluate(make_trainer(model, tokenizer, data, training_arguments))
-    losses = {name: value for name, value in metrics.items() if name in ("before_loss", "eval_loss")}
-    return metrics | {name.replace("loss", "perplexity"): math.exp(value) for name, value in losses.items()}
+    model = get_peft_model(model, TopDownConfig(task_type="CAUSAL_LM", r=8))
+    model.print_trainable_parameters()
+    trainer = make_trainer(model, tokenizer, load_texts(arguments), arguments.block_size, training_arguments)
+    trainer.add_callback(FeedbackCallback(trainer))
+    initialize_feedback(model, islice(trainer.get_train_dataloader(), 8))
+    metrics = trainer.evaluate(metric_key_prefix="before")
+    trainer.train(resume_from_checkpoint=training_arguments.resume_from_checkpoint)
+    metrics |= trainer.evaluate()
+    metrics |= {f"{when}_perplexity": math.exp(metrics[f"{when}_loss"]) for when in ("before", "eval")}
+    trainer.save_model()  # model.save_pretrained(...) with the tokenizer, also in distributed training
+    trainer.create_model_card()
+    trainer.log_metrics("all", metrics)
+    trainer.save_metrics("all", metrics, combined=False)
+    return metrics
 
 
 if __name__ == "__main__":
-    print(main())
+    main()

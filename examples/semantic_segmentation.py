@@ -1,155 +1,124 @@
-"""Adapt a ViT to semantic segmentation with TOAST, and compare it with other methods in one table.
+"""Adapt a model for semantic segmentation with TOAST.
 
     python examples/semantic_segmentation.py
-    python examples/semantic_segmentation.py --method toast toast_early --learning_rates 1e-3 3e-3 \
-        --model_name_or_path google/vit-base-patch16-224-in21k --dataset_name mine --output_dir outputs/mine
+    python examples/semantic_segmentation.py --model_name_or_path nvidia/mit-b0 --dataset_name mine --image_size 512
 
-The model is a ViT, around which a new DPT decoder is built, or any checkpoint that AutoModelForSemanticSegmentation
-takes (DPT, BEiT, Data2Vec Vision, UperNet around BEiT or DINOv2). The decoder is trained with every method.
+The model is any of AutoModelForSemanticSegmentation that TOAST supports, such as SegFormer, DPT, BEiT and UperNet with
+BEiT or DINOv2. Its decoder is trained with the feedback. A pixel of a mask is the number of its class.
 
-The data has an image and a mask in each row; a pixel of the mask is the number of its class. `mine` is a folder that
-`load_dataset` takes (train.parquet, validation.parquet, test.parquet), or one with the folders train/images,
-train/masks, validation/images and so on, where an image and its mask have the same name.
-
-Each method is trained once with every learning rate. The best by mean IoU on the validation split is loaded again from
-what was saved, and measured on the test split if there is one. Without a model and data set no network is needed: a
-small ViT that knows the digits 0 to 4 learns to segment images of the digits 5 to 9.
+Without a model and data it needs no network: a small SegFormer that has learned to segment scenes of the handwritten
+digits 0 to 4 learns those of 5 to 9.
 """
 
-import json
-import math
-from copy import copy
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 import torch
-from adaptation import (
-    ModelArguments,
-    adapt,
-    print_table,
-    train_and_evaluate,
-)
-from datasets import Dataset, DatasetDict
-from image_classification import pretrain
-from PIL import Image, ImageColor
-from segmentation_data import UNLABELLED, MaskArguments, find_classes, labels_of, load_masks, preprocess
-from sklearn.metrics import confusion_matrix
-from torch import nn
+from datasets import Dataset, DatasetDict, load_dataset
+from peft import get_peft_model
+from PIL import Image as PILImage
+from sklearn.datasets import load_digits
+from sklearn.metrics import jaccard_score
 from torch.nn import functional as F
 from transformers import (
-    AutoConfig,
     AutoImageProcessor,
     AutoModelForSemanticSegmentation,
     BaseImageProcessor,
-    DPTConfig,
-    DPTForSemanticSegmentation,
     EvalPrediction,
     HfArgumentParser,
     PreTrainedModel,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
+    SegformerImageProcessorPil,
     Trainer,
     TrainingArguments,
-    ViTConfig,
     default_data_collator,
     set_seed,
 )
 
-METHODS = ("decoder_only", "lora", "toast", "toast_early", "toast_late", "toast_lite", "full")
+from toast_peft import FeedbackCallback, TopDownConfig, initialize_feedback
+
+UNLABELLED = 255  # the class that the losses of segmentation models leave out
 
 
 @dataclass
-class SegmentationModelArguments(ModelArguments):
-    """Which model to adapt, and how."""
+class Arguments:
+    """Which model to adapt, and to which images."""
 
-    method: list[str] = field(
-        default_factory=lambda: list(METHODS),
-        metadata={"help": "What is trained; one row of the table for each.", "choices": METHODS},
-    )
-    learning_rates: list[float] | None = field(
-        default=None, metadata={"help": "Train each method with each of them. Default: once, with --learning_rate."}
-    )
-
-
-Arguments: TypeAlias = tuple[SegmentationModelArguments, MaskArguments, TrainingArguments]
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Default: a small one, pre-trained first."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Data set. Default: handwritten digits."})
+    image_column_name: str = field(default="image", metadata={"help": "Column with the images."})
+    mask_column_name: str = field(default="mask", metadata={"help": "Column with the masks."})
+    unlabelled: int = field(default=UNLABELLED, metadata={"help": "Pixels of the masks that do not count."})
+    image_size: int | None = field(default=None, metadata={"help": "Resize the images. Default: that of the model."})
+    pretraining_steps: int = field(default=400, metadata={"help": "Steps of pre-training of the small SegFormer."})
 
 
-def parse(arguments: list[str] | None = None) -> Arguments:
-    """The arguments of the script, from the command line if not given."""
-    parser = HfArgumentParser((SegmentationModelArguments, MaskArguments, TrainingArguments), description=__doc__)
-    parser.set_defaults(
-        output_dir="outputs/segmentation",
-        do_train=True,
-        do_eval=True,
-        learning_rate=3e-3,
+def parse(argv: list[str] | None = None) -> tuple[Arguments, TrainingArguments]:
+    """The arguments of the script. `--help` shows our own; those of the Trainer are over a hundred."""
+    more = "All options of transformers.TrainingArguments work too, such as --learning_rate and --num_train_epochs."
+    parser = HfArgumentParser(Arguments, description=__doc__.splitlines()[0], epilog=more, allow_abbrev=False)
+    arguments, others = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    trainer_parser = HfArgumentParser(TrainingArguments)
+    trainer_parser.set_defaults(
+        output_dir="outputs/semantic_segmentation",
+        learning_rate=1e-3,
         num_train_epochs=10,
-        batch_eval_metrics=True,
+        logging_steps=50,
         save_strategy="no",
-        dataloader_pin_memory=torch.accelerator.is_available(),
-        # The forward of a PEFT model without a task type takes any arguments, so the Trainer cannot find these out.
-        remove_unused_columns=False,
+        remove_unused_columns=False,  # the forward of a PEFT model takes any arguments
         label_names=["labels"],
     )
-    model_arguments, data_arguments, training_arguments = parser.parse_args_into_dataclasses(arguments)
-    if len(model_arguments.method) > 1 and not training_arguments.do_train:
-        parser.error("--do_train False evaluates one saved result; name its --method.")
-    return model_arguments, data_arguments, training_arguments
+    return arguments, *trainer_parser.parse_args_into_dataclasses(others)
 
 
-# ------------------------------------------------------------------------------------------------------------ model
+def load_masks(arguments: Arguments) -> DatasetDict:
+    """The splits "train" and "validation" with the columns "image" and "mask"."""
+    if arguments.dataset_name is None:
+        return digit_scenes(range(5, 10), scenes=80)
+    data = load_dataset(arguments.dataset_name)
+    if "validation" not in data:
+        held_out = data if "test" in data else data["train"].train_test_split(0.1, seed=0)
+        data = DatasetDict(train=held_out["train"], validation=held_out["test"])
+    columns = {arguments.image_column_name: "image", arguments.mask_column_name: "mask"}
+    return data.select_columns(list(columns)).rename_columns({old: new for old, new in columns.items() if old != new})
 
 
-def load_model(name: str, classes: list[str]) -> PreTrainedModel:
-    """A segmentation model for the classes, its decoder new as far as the checkpoint has none that fits."""
-    labels = {"id2label": dict(enumerate(classes)), "label2id": {label: i for i, label in enumerate(classes)}}
-    config = AutoConfig.from_pretrained(name)
-    if isinstance(config, ViTConfig):
-        return dpt_around(name, config, labels)
-    return AutoModelForSemanticSegmentation.from_pretrained(name, ignore_mismatched_sizes=True, **labels)
+def digit_scenes(digits: Sequence[int], scenes: int) -> DatasetDict:
+    """Images of 2 x 2 handwritten digits, 16 x 16 pixels; the strokes of the first digit are class 1 of the masks.
 
-
-def dpt_around(name: str, vit: ViTConfig, labels: dict[str, dict]) -> DPTForSemanticSegmentation:
-    """A DPT whose own ViT has the weights of a plain ViT checkpoint, and a decoder in the proportions of DPT-Large.
-
-    Raises:
-        ValueError: if the checkpoint lacks weights of the ViT.
+    The splits "train" and "validation" have so many scenes each, made of different handwriting.
     """
-    same = {field: value for field, value in vit.to_dict().items() if field in _OF_VIT_AND_DPT}
-    d, depth = vit.hidden_size, vit.num_hidden_layers
-    config = DPTConfig(
-        **same,
-        **labels,
-        backbone_out_indices=[depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4)],
-        neck_hidden_sizes=[d // 4, d // 2, d, d],
-        fusion_hidden_size=d // 4,
-        # With the usual 0.02 the features of a narrow decoder would all but vanish on their way to its batch norm.
-        initializer_range=0.02 * (1024 / d) ** 0.5,
-    )
-    renamed, loading = DPTForSemanticSegmentation.from_pretrained(
-        name, config=config, key_mapping={r"^vit\.": "dpt."}, output_loading_info=True
-    )
-    missing = [key for key in loading["missing_keys"] if key.startswith("dpt.")]
-    if missing:
-        raise ValueError(f"{name} has no weights for {missing[0]} and {len(missing) - 1} other parameters of the ViT.")
-    model = DPTForSemanticSegmentation(config)  # `renamed` would give its parameters the old names when it is saved
-    model.load_state_dict(renamed.state_dict())
-    return model
+    images, targets = load_digits(return_X_y=True)
+    pixels = (images.reshape(-1, 8, 8) * (255 / images.max())).astype(np.uint8)
+    masks = (pixels > 127) * (np.searchsorted(digits, targets) + 1).astype(np.uint8)[:, None, None]
+    generator = np.random.default_rng(0)
+    halves = np.array_split(generator.permutation(np.flatnonzero(np.isin(targets, digits))), 2)
+
+    def split(rows: np.ndarray) -> Dataset:
+        chosen = generator.choice(rows, (scenes, 2, 2))
+        tiled = [parts[chosen].swapaxes(2, 3).reshape(-1, 16, 16) for parts in (pixels, masks)]
+        image, mask = ([PILImage.fromarray(scene) for scene in parts] for parts in tiled)
+        return Dataset.from_dict({"image": image, "mask": mask})
+
+    return DatasetDict(train=split(halves[0]), validation=split(halves[1]))
 
 
-_OF_VIT_AND_DPT = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "hidden_act",
-    "hidden_dropout_prob",
-    "attention_probs_dropout_prob",
-    "layer_norm_eps",
-    "image_size",
-    "patch_size",
-    "num_channels",
-    "qkv_bias",
-)
+def pretrain(folder: str, steps: int) -> None:
+    """Pre-train a small SegFormer on scenes of the digits 0 to 4, and save it."""
+    size = {"hidden_sizes": [32, 48, 64], "num_encoder_blocks": 3, "depths": [2, 2, 2], "decoder_hidden_size": 64}
+    patches = {"patch_sizes": [3, 3, 3], "strides": [2, 2, 2], "sr_ratios": [2, 1, 1], "mlp_ratios": [2, 2, 2]}
+    heads = {"num_attention_heads": [1, 2, 4], "num_labels": 6}
+    model = SegformerForSemanticSegmentation(SegformerConfig(**size, **patches, **heads))
+    processor = SegformerImageProcessorPil(size={"height": 16, "width": 16})
+    schedule = {"max_steps": steps, "learning_rate": 3e-3, "lr_scheduler_type": "cosine", "warmup_steps": 0.05}
+    options = {"save_strategy": "no", "per_device_train_batch_size": 32, "remove_unused_columns": False}
+    arguments = TrainingArguments(folder, **schedule, **options)
+    make_trainer(model, processor, digit_scenes(range(5), scenes=1000), UNLABELLED, arguments).train()
+    processor.save_pretrained(folder)
+    model.save_pretrained(folder)
 
 
 def decoder_modules(model: PreTrainedModel) -> list[str]:
@@ -159,53 +128,9 @@ def decoder_modules(model: PreTrainedModel) -> list[str]:
         if name in (model.base_model_prefix, "backbone") or not any(True for _ in module.parameters()):
             continue
         # PEFT takes all modules whose name ends so: "head" would also be "head.head" of DPT, a copy inside of a copy.
-        inner = [f"{name}.{part}" for part, _ in module.named_children()]
-        names += inner if len(inner) == 1 else [name]
+        parts = [f"{name}.{part}" for part, _ in module.named_children()]
+        names += parts if len(parts) == 1 else [name]
     return names
-
-
-def load_processor(name: str, image_size: int | None) -> BaseImageProcessor:
-    """The processor of a checkpoint.
-
-    Raises:
-        ValueError: if it does more to an image than to resize it, which the masks would have to follow.
-    """
-    options = {} if image_size is None else {"size": {"height": image_size, "width": image_size}}
-    processor = AutoImageProcessor.from_pretrained(name, backend="pil", **options)
-    for name_of_step in ("do_center_crop", "do_pad"):
-        if getattr(processor, name_of_step, False):
-            raise ValueError(f"The image processor of {name} has {name_of_step}=True; expected one that only resizes.")
-    return processor
-
-
-# ------------------------------------------------------------------------------------------------------- evaluation
-
-
-class MeanIoU:
-    """Mean over the classes of intersection / union, each summed over all pixels of all images.
-
-    Args:
-        classes: names of the classes. Those that are neither in the masks nor predicted do not count.
-    """
-
-    def __init__(self, classes: list[str]) -> None:
-        self.classes = classes
-        self.confusion = 0
-
-    def __call__(self, batch: EvalPrediction, compute_result: bool) -> dict[str, float]:
-        """Add a batch; after the last one return the metrics and start again. Shape of both parts: [b, h, w]"""
-        labels, predictions = batch.label_ids.numpy(force=True), batch.predictions.numpy(force=True)
-        known = labels != UNLABELLED
-        self.confusion += confusion_matrix(labels[known], predictions[known], labels=range(len(self.classes)))
-        if not compute_result:
-            return {}
-        confusion, self.confusion = self.confusion, 0
-        hits = confusion.diagonal()
-        union = confusion.sum(0) + confusion.sum(1) - hits
-        iou = np.divide(hits, union, out=np.full(len(hits), np.nan), where=union > 0)
-        of_classes = {f"iou_{name}": float(iou[i]) for i, name in enumerate(self.classes) if union[i] > 0}
-        accuracy = float(hits.sum() / confusion.sum())
-        return {"mean_iou": float(np.nanmean(iou)), "pixel_accuracy": accuracy, **of_classes}
 
 
 def predicted_classes(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -213,159 +138,62 @@ def predicted_classes(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tenso
     return F.interpolate(logits, labels.shape[-2:], mode="bilinear", align_corners=False).argmax(1)
 
 
-def overlay(image: Image.Image, classes: np.ndarray, num_classes: int) -> Image.Image:
-    """The image with each pixel tinted in the colour of its class; unlabelled ones turn dark."""
-    colours = [ImageColor.getrgb(f"hsv({360 * index // num_classes}, 100%, 100%)") for index in range(num_classes)]
-    palette = np.zeros((UNLABELLED + 1, 3), dtype=np.uint8)
-    palette[:num_classes] = colours
-    return Image.blend(image.convert("RGB"), Image.fromarray(palette[classes]), 0.5)
+def mean_iou(prediction: EvalPrediction) -> dict[str, float]:
+    """Mean over the classes of intersection / union, over all pixels of all images. Shapes: [images, h, w]"""
+    known = prediction.label_ids != UNLABELLED
+    return {"mean_iou": jaccard_score(prediction.label_ids[known], prediction.predictions[known], average="macro")}
 
 
-@torch.no_grad()
-def save_overlays(
-    model: nn.Module, processor: BaseImageProcessor, data: Dataset, arguments: MaskArguments, folder: Path
-) -> None:
-    """Save the first images of the data, on the left with the mask and on the right with the prediction laid over."""
-    folder.mkdir(parents=True, exist_ok=True)
-    device = next(model.parameters()).device
-    num_classes = model.config.num_labels
-    for index, row in enumerate(data.select(range(min(arguments.num_overlays, len(data))))):
-        labels = labels_of(row["mask"], arguments.unlabelled)
-        inputs = processor(row["image"].convert("RGB"), return_tensors="pt").to(device)
-        [predicted] = predicted_classes(model(**inputs).logits, torch.from_numpy(labels)[None]).numpy(force=True)
-        width, height = row["image"].size
-        picture = Image.new("RGB", (2 * width, height))
-        picture.paste(overlay(row["image"], labels, num_classes), (0, 0))
-        picture.paste(overlay(row["image"], predicted, num_classes), (width, 0))
-        picture.save(folder / f"{index}.png")
+def make_trainer(
+    model: torch.nn.Module,
+    processor: BaseImageProcessor,
+    data: DatasetDict,
+    unlabelled: int,
+    arguments: TrainingArguments,
+) -> Trainer:
+    """A Trainer of a segmentation model."""
+
+    def preprocess(rows: dict[str, list]) -> dict[str, torch.Tensor]:
+        images = [image.convert("RGB") for image in rows["image"]]
+        pixel_values = processor(images, return_tensors="pt")["pixel_values"]
+        # Not by the processor: those of DPT and BEiT interpolate between the numbers of the classes.
+        size = pixel_values.shape[:1:-1]
+        masks = np.stack([mask.resize(size, PILImage.Resampling.NEAREST) for mask in rows["mask"]]).astype(np.int64)
+        masks[masks == unlabelled] = UNLABELLED
+        return {"pixel_values": pixel_values, "labels": torch.from_numpy(masks)}
+
+    train, validation = (data[split].with_transform(preprocess) for split in ("train", "validation"))
+    evaluation = {"compute_metrics": mean_iou, "preprocess_logits_for_metrics": predicted_classes}
+    return Trainer(model, arguments, default_data_collator, train, validation, processor, **evaluation)
 
 
-# ------------------------------------------------------------------------------------------------------- comparison
-
-
-class Comparison:
-    """One model and data set, on which methods are trained and measured.
-
-    Args:
-        base: the checkpoint to adapt.
-        data: with the splits "train", "validation" and perhaps "test".
-        arguments: those of the script.
-    """
-
-    def __init__(
-        self,
-        base: str,
-        data: DatasetDict,
-        arguments: tuple[SegmentationModelArguments, MaskArguments, TrainingArguments],
-    ) -> None:
-        self.base = base
-        self.data = data
-        self.model_arguments, self.data_arguments, self.training_arguments = arguments
-        self.classes = find_classes(data, self.data_arguments)
-        self.processor = load_processor(base, self.data_arguments.image_size)
-
-    def measure(self, method: str) -> dict[str, Any]:
-        """Train a method with each learning rate, and measure the best result once more as it was saved.
-
-        Raises:
-            RuntimeError: if what was saved is not what was trained.
-        """
-        if not self.training_arguments.do_train:
-            adapter = self.model_arguments.adapter_name_or_path
-            return {"method": method, "saved_in": adapter or self.base} | self.evaluate(adapter or self.base)
-        rates = self.model_arguments.learning_rates or [self.training_arguments.learning_rate]
-        tries = [self.train(method, rate) for rate in rates]
-        best = max(tries, key=lambda metrics: metrics["eval_mean_iou"])
-        tried = {str(metrics["learning_rate"]): metrics["eval_mean_iou"] for metrics in tries}
-        reloaded = self.evaluate(best["saved_in"])
-        before, after = best["eval_loss"], reloaded["eval_loss"]
-        if not math.isclose(before, after, rel_tol=1e-3):
-            raise RuntimeError(f"{best['saved_in']}: the loss was {before}, but is {after} after reloading.")
-        return best | {"eval_mean_iou_of_learning_rates": tried} | reloaded
-
-    def train(self, method: str, learning_rate: float) -> dict[str, Any]:
-        """Train a method, save the result, and measure it on the validation split."""
-        arguments = copy(self.training_arguments)
-        arguments.output_dir = str(Path(arguments.output_dir) / method / f"{learning_rate:g}")
-        arguments.learning_rate = learning_rate
-        set_seed(arguments.seed)  # the same new decoder for every method
-        model = load_model(self.base, self.classes)
-        options = {"trainable": True, "modules_to_save": decoder_modules(model)}
-        model = adapt(model, replace(self.model_arguments, method=method), **options)
-        metrics = train_and_evaluate(self.trainer(model, arguments))
-        return {"method": method, "learning_rate": learning_rate, "saved_in": arguments.output_dir, **metrics}
-
-    def evaluate(self, saved: str) -> dict[str, Any]:
-        """Load a saved adapter or model, measure it on all splits but the training one, and save overlays."""
-        is_adapter = (Path(saved) / "adapter_config.json").exists()
-        model = load_model(self.base if is_adapter else saved, self.classes)
-        if is_adapter:
-            arguments = replace(self.model_arguments, adapter_name_or_path=saved)
-            model = adapt(model, arguments, trainable=False)
-        trainer = self.trainer(model, self.training_arguments)
-        metrics = trainer.evaluate()
-        last = "test" if "test" in self.data else "validation"
-        if last == "test":
-            metrics |= trainer.evaluate(self.inputs("test"), metric_key_prefix="test")
-        folder = Path(saved) / "overlays"
-        save_overlays(trainer.model.eval(), self.processor, self.data[last], self.data_arguments, folder)
-        return metrics
-
-    def trainer(self, model: nn.Module, arguments: TrainingArguments) -> Trainer:
-        """A Trainer of a segmentation model."""
-        return Trainer(
-            model=model,
-            args=arguments,
-            train_dataset=self.inputs("train"),
-            eval_dataset=self.inputs("validation"),
-            data_collator=default_data_collator,
-            compute_metrics=MeanIoU(self.classes),
-            preprocess_logits_for_metrics=predicted_classes,
-            processing_class=self.processor,
-        )
-
-    def inputs(self, split: str) -> Dataset:
-        """A split as the model takes it."""
-        return preprocess(self.data[split], self.processor, self.data_arguments.unlabelled)
-
-
-def table(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """What was measured, one row for each method."""
-    heads = ("method", "learning rate", "trainable parameters", "validation mIoU", "test mIoU", "seconds")
-    keys = ("method", "learning_rate", "trainable_parameters", "eval_mean_iou", "test_mean_iou", "train_runtime")
-    formats = ("", "g", ",", ".4f", ".4f", ".1f")
-    cells = [
-        tuple(format(row[key], how) if key in row else "-" for key, how in zip(keys, formats, strict=True))
-        for row in rows
-    ]
-    return [heads, *cells]
-
-
-def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
-    """Run the script.
-
-    Args:
-        arguments: as on the command line.
-
-    Returns:
-        For each method the metrics of its best learning rate: `eval_mean_iou`, `test_mean_iou`, and others.
-    """
-    model_arguments, data_arguments, training_arguments = parsed = parse(arguments)
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Run the script, with arguments as on the command line; returns the metrics before and after."""
+    arguments, training_arguments = parse(argv)
     set_seed(training_arguments.seed)
-    output = Path(training_arguments.output_dir)
-    base = model_arguments.model_name_or_path
+    base = arguments.model_name_or_path
     if base is None:
-        base = output / "small_vit"
-        if not (base / "model.safetensors").exists():
-            pretrain(base, model_arguments.pretraining_steps)
-    comparison = Comparison(str(base), load_masks(data_arguments), parsed)
-    rows = []
-    for method in model_arguments.method:
-        rows.append(comparison.measure(method))
-        if training_arguments.do_train:
-            (output / "comparison.json").write_text(json.dumps(rows, indent=1))
-    print_table(table(rows))
-    return rows
+        base = f"{training_arguments.output_dir}/small_segformer"
+        pretrain(base, arguments.pretraining_steps)
+    data = load_masks(arguments)
+    classes = {int(value) for mask in data["train"]["mask"] for value in np.unique(mask)} - {arguments.unlabelled}
+    labels = {"num_labels": max(classes) + 1, "ignore_mismatched_sizes": True}
+    model = AutoModelForSemanticSegmentation.from_pretrained(base, **labels)
+    size = {"size": {"height": arguments.image_size, "width": arguments.image_size}} if arguments.image_size else {}
+    only_resized = {"do_center_crop": False, "do_pad": False}  # which is what the masks follow
+    processor = AutoImageProcessor.from_pretrained(base, backend="pil", **only_resized, **size)
+    model = get_peft_model(model, TopDownConfig(r=8, modules_to_save=decoder_modules(model)))
+    model.print_trainable_parameters()
+    trainer = make_trainer(model, processor, data, arguments.unlabelled, training_arguments)
+    trainer.add_callback(FeedbackCallback(trainer))
+    initialize_feedback(model, islice(trainer.get_train_dataloader(), 8))
+    metrics = trainer.evaluate(metric_key_prefix="before")
+    trainer.train(resume_from_checkpoint=training_arguments.resume_from_checkpoint)
+    metrics |= trainer.evaluate()
+    trainer.save_model()  # model.save_pretrained(...) with the image processor, also in distributed training
+    trainer.log_metrics("all", metrics)
+    trainer.save_metrics("all", metrics, combined=False)
+    return metrics
 
 
 if __name__ == "__main__":

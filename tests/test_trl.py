@@ -1,8 +1,11 @@
-"""TRL's trainers fine-tune with TOAST as with LoRA, offline."""
+"""TRL's trainers fine-tune with TOAST as with LoRA, offline, and so does the example script."""
 
+import importlib
+import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 import transformers as tf
@@ -14,9 +17,11 @@ from tokenizers.pre_tokenizers import Whitespace
 
 from toast_peft import TopDownConfig
 
-from .models import VARIANTS, VOCAB_SIZE, assert_same, output_of, tiny_model
+from .helpers import assert_same, output_of
+from .zoo import VARIANTS, VOCAB_SIZE, tiny_model
 
 trl = pytest.importorskip("trl", reason="needs Python 3.11")
+instruction_tuning = importlib.import_module("instruction_tuning")
 
 WORDS = [
     "a",
@@ -140,3 +145,46 @@ def test_dpo_lowers_the_loss(precompute: bool, checkpointing: str, tmp_path: Pat
     assert losses_of(trainer)[0] == pytest.approx(torch.tensor(2.0).log().item(), abs=1e-4)
     assert_learned(trainer, by=0.7)
     assert_saved_and_loaded(trainer, tmp_path)
+
+
+# -------------------------------------------------------------------------------- examples/instruction_tuning.py
+
+EXAMPLE = ["--pretraining_steps", "2", "--max_steps", "2", "--max_train_samples", "8", "--max_eval_samples", "4"]
+EXAMPLE += ["--report_to", "none", "--use_cpu", "--disable_tqdm", "True"]
+
+
+def test_the_example_learns_from_answers_and_saves(tmp_path: Path) -> None:
+    metrics = instruction_tuning.main([*EXAMPLE, "--max_steps", "6", "--output_dir", str(tmp_path)])
+    assert json.loads((tmp_path / "all_results.json").read_text()) == metrics
+    assert metrics["eval_loss"] < metrics["before_loss"]
+    base = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "small_llama")
+    tokenizer = tf.AutoTokenizer.from_pretrained(tmp_path)
+    question = [{"role": "user", "content": "What does sum(numbers) do?"}]
+    model = PeftModel.from_pretrained(base, tmp_path)
+    answer = instruction_tuning.answer(model, tokenizer, question)
+    assert 0 < len(tokenizer(answer)["input_ids"]) and "assistant:" not in answer[:10]
+    messages = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == "user: Why?\nassistant: So.<|endoftext|>"
+
+
+def test_the_example_takes_instructions_and_conversations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = [{"instruction": "Add.", "input": "1 and 2", "output": "3"}] * 10
+    expected = {
+        "prompt": [{"role": "user", "content": "Add.\n\n1 and 2"}],
+        "completion": [{"role": "assistant", "content": "3"}],
+    }
+    for name, written, read in (("alpaca", rows, expected), ("trl", [expected] * 10, expected)):
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("\n".join(map(json.dumps, written)))
+        arguments, _ = instruction_tuning.parse(["--train_file", str(file)])
+        data = instruction_tuning.load_conversations(arguments)
+        assert {split: len(data[split]) for split in data} == {"train": 9, "validation": 1}
+        assert data["train"][0] == read
+
+
+def test_the_help_of_the_example_is_about_our_own_options(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        instruction_tuning.parse(["--help"])
+    text = capsys.readouterr().out
+    assert len(text.splitlines()) < 70 and "--train_file" in text and "--weight_decay" not in text
