@@ -75,9 +75,10 @@ class TopDownModel(BaseTuner):
         return cast(TopDownConfig, self.peft_config[adapter_name])
 
     def _begin_load(self, adapter_name: str) -> Load:
-        load = self._loads.get(adapter_name)
+        load = self._loads.pop(adapter_name, None)
         if load is None or load.stacks:  # there was one of this name
-            load = self._loads[adapter_name] = Load(Snapshot(self))
+            load = Load(Snapshot(self))
+        self._loads[adapter_name] = load
         return load
 
     def _start(self, load: Load, adapter_name: str, config: TopDownConfig, has_weights: bool) -> None:
@@ -101,8 +102,8 @@ class TopDownModel(BaseTuner):
         self, peft_config: TopDownConfig, model_config: dict
     ) -> TopDownConfig:
         # Everything that can be wrong with the config is found here, before the model is touched.
-        adapter_name = next(name for name, config in self.peft_config.items() if config is peft_config)
-        stacks = self._loads[adapter_name].stacks = find_stacks(self.model, peft_config)
+        adapter_name, load = next(reversed(self._loads.items()))  # the one that is being injected
+        stacks = load.stacks = find_stacks(self.model, peft_config)
         for stack in stacks:
             _check_modules_to_save(self.model, peft_config, stack)
             if peft_config.normalize_features and stack.final_norm is None:
@@ -115,17 +116,17 @@ class TopDownModel(BaseTuner):
         peft_config = self.peft_config[adapter_name] = _with_base_model_facts(peft_config, stacks)
         return peft_config
 
-    def _stacks_of(self, peft_config: PeftConfig) -> Sequence[Stack]:
-        """The stacks of an adapter that is being injected."""
-        return next(self._loads[name].stacks for name, config in self.peft_config.items() if config is peft_config)
+    @property
+    def _stacks(self) -> Sequence[Stack]:
+        """The stacks of the adapter that is being injected."""
+        return next(reversed(self._loads.values())).stacks
 
     def _check_target_module_exists(  # type: ignore[override]  # a static method of PEFT, which calls it on `self`
         self, peft_config: PeftConfig, key: str
     ) -> Any:
-        stacks = self._stacks_of(peft_config)
-        if any(key in stack.excluded for stack in stacks):
+        if any(key in stack.excluded for stack in self._stacks):
             return check_target_module_exists(peft_config, key)  # PEFT's own mark of an excluded module
-        return any(key in stack.names for stack in stacks)
+        return any(key in stack.names for stack in self._stacks)
 
     def _create_and_replace(  # type: ignore[override]  # it gets configs of ours only
         self,
@@ -138,7 +139,7 @@ class TopDownModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         # Nothing is replaced: the value projection stays what it is, be it quantised or wrapped by another method.
-        stack = next(stack for stack in self._loads[adapter_name].stacks if current_key in stack.names)
+        stack = next(stack for stack in self._stacks if current_key in stack.names)
         path = feedback_path_of(stack.backbone) or stack.add_feedback_path(self.model)
         if adapter_name not in path.selection.topdown_config:
             path.selection.update_layer(adapter_name, peft_config, stack.hidden_size)

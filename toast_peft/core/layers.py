@@ -355,8 +355,8 @@ class FeedbackPath(nn.Module):
         self,
         features: torch.Tensor,
         adapter_name: str,
-        compared: torch.Tensor | None,
-        sizes: Mapping[int, tuple[int, ...]],
+        compared: torch.Tensor | None = None,
+        sizes: Mapping[int, tuple[int, ...]] | None = None,
     ) -> dict[int, torch.Tensor]:
         """The feedback of every block.
 
@@ -374,7 +374,7 @@ class FeedbackPath(nn.Module):
         z = self._select(features, adapter_name, compared)
         feedback = {}
         for index, layer in self.layers_of(adapter_name):
-            z, feedback[index] = layer(to_device_of(layer, z), adapter_name, sizes.get(index, ()))
+            z, feedback[index] = layer(to_device_of(layer, z), adapter_name, (sizes or {}).get(index, ()))
         return feedback
 
     def _select(self, features: torch.Tensor, adapter_name: str, compared: torch.Tensor | None) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+
 try:
     from transformers.utils import output_capturing
 except ImportError:  # a later version records in another way; the tests look whether pass 1 is recorded
@@ -18,7 +20,9 @@ class RecordingPaused:
     """
 
     def __enter__(self) -> None:
-        self.record = None if _collector is None else _collector.get()
+        # What nobody has set while a forward is traced is in a ContextVar, which cannot be traced; and so it is empty.
+        is_unset = _collector is None or (torch.compiler.is_compiling() and not _collector.compiling)
+        self.record = None if is_unset else _collector.get()
         if self.record is not None:
             _collector.set(None)
 
