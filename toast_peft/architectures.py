@@ -129,6 +129,7 @@ UNSUITABLE = {
     "longformer": "its attention swaps the batch and the tokens",
     "minimax": "the state of its linear attention is in a cache of its own kind, which holds one pass only",
     "patchtst": "its attention has the channels of a series as rows of the batch",
+    "pegasus_x": "its attention projects tokens of its own by the same layers as those of the text",
     "recurrent_gemma": _STATE,
     "reformer": _STATE,
     "rwkv": _STATE,

@@ -8,7 +8,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers import PreTrainedModel
 
-from .architectures import ARCHITECTURES, UNSUITABLE, Architecture
+from .architectures import ARCHITECTURES, UNSUITABLE, Architecture, HierarchicalArchitecture
 from .config import TopDownConfig
 from .structure import (
     FUSED_PROJECTIONS,
@@ -123,10 +123,15 @@ def known_backbones(model: nn.Module, architectures: dict[str, Any] = ARCHITECTU
 
 
 def _has_blocks_of(architecture: Any, module: nn.Module) -> bool:
-    if not isinstance(architecture, Architecture):
-        return isinstance(find_submodule(module, architecture.stages), nn.ModuleList)
-    blocks = find_submodule(module, architecture.blocks)
-    return isinstance(blocks, nn.ModuleList) and all(find_submodule(b, architecture.value_projection) for b in blocks)
+    """Whether a module of this model type has the layers that its row names; in other models it may have others."""
+    path = architecture.blocks if isinstance(architecture, Architecture) else architecture.stages
+    parts = find_submodule(module, path)
+    if not isinstance(parts, nn.ModuleList):
+        return False
+    if isinstance(architecture, HierarchicalArchitecture):
+        parts = [block for stage in parts for block in find_submodule(stage, architecture.blocks) or [stage]]
+    value_projection = getattr(architecture, "value_projection", "")
+    return all(find_submodule(part, value_projection) is not None for part in parts)
 
 
 def find_submodule(module: nn.Module, path: str) -> nn.Module | None:
