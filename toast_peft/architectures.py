@@ -128,6 +128,7 @@ UNSUITABLE = {
     "led": "its attention swaps the batch and the tokens",
     "longformer": "its attention swaps the batch and the tokens",
     "minimax": "the state of its linear attention is in a cache of its own kind, which holds one pass only",
+    "openai-gpt": "its blocks return their hidden states in a list",
     "patchtst": "its attention has the channels of a series as rows of the batch",
     "pegasus_x": "its attention projects tokens of its own by the same layers as those of the text",
     "recurrent_gemma": _STATE,

@@ -193,7 +193,8 @@ def _wanted(
     if not parts or _has_two_towers(model, parts[-1]):
         return chosen, reasons
     inside = {module for part in parts for module in part.modules()}
-    stacks = {name: row for name, row in chosen.items() if model.get_submodule(name) in inside}
+    lists = {name: model.get_submodule(join_names(name, row.blocks)) for name, row in chosen.items()}
+    stacks = {name: row for name, row in chosen.items() if lists[name] in inside}
     return stacks, {name: why for name, why in reasons.items() if model.get_submodule(name) in inside}
 
 
