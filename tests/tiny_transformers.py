@@ -57,6 +57,7 @@ _SIZES: dict[str, Any] = {
     **{"conv_dim": (16, 16), "conv_stride": (2, 2), "conv_kernel": (3, 3), "num_conv_pos_embedding_groups": 2},
     **{"attn_layer_period": 2, "attn_layer_offset": 1, "attn_layer_indices": [1, 3], "context_size": 16},
     **{"partial_rotary_factor": 1.0, "num_kv_shared_layers": 0},
+    **{"upsample_groups": 32, "feature_projection_input_dim": 64, "input_feat_per_channel": 64},
     **{"num_register_tokens": 2, "max_window_layers": 2, "spatial_merge_size": 2, "temporal_patch_size": 2},
     **{"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4},
     **{
@@ -99,7 +100,7 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     ),
     "gemma4_assistant": {"hidden_size_per_layer_input": 0},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
-    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2, "num_hidden_layers": 4},
 }
 
 

@@ -63,10 +63,9 @@ class ConvNetArchitecture:
     stages: str
     final_norm: str | None
 
-    @property
-    def blocks_list(self) -> str:
-        """What `known_backbones` looks for."""
-        return self.stages
+    def is_in(self, backbone: nn.Module) -> bool:
+        """Whether a module of this model type has the layers that the row names; other versions may have others."""
+        return isinstance(find_submodule(backbone, self.stages), nn.ModuleList)
 
 
 _CONVNEXT = ConvNetArchitecture("embeddings", "encoder.stages", "layernorm")

@@ -27,7 +27,7 @@ from ..core.layers import FeedbackLayer, FeedbackPath
 from ..core.run import Run
 from ..core.stack import Stack
 from ..core.value_projection import ValueHooks, input_size
-from .lookup import blocks_at, join_names, model_type_of
+from .lookup import blocks_at, find_submodule, join_names, model_type_of
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,12 @@ class HierarchicalArchitecture:
     arrangement: Literal["windows", "shrunk"]
     normalize_features: bool = False
 
-    @property
-    def blocks_list(self) -> str:
-        """What `known_backbones` looks for."""
-        return self.stages
+    def is_in(self, backbone: nn.Module) -> bool:
+        """Whether a module of this model type has the layers that the row names; other versions may have others."""
+        stages = find_submodule(backbone, self.stages)
+        lists = [find_submodule(stage, self.blocks) for stage in stages] if isinstance(stages, nn.ModuleList) else []
+        blocks = [block for blocks in lists if isinstance(blocks, nn.ModuleList) for block in blocks]
+        return bool(blocks) and all(find_submodule(block, self.value_projection) is not None for block in blocks)
 
 
 HIERARCHIES = {

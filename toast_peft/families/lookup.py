@@ -9,9 +9,8 @@ from torch import nn
 class Row(Protocol):
     """A row of a family's table."""
 
-    @property
-    def blocks_list(self) -> str:
-        """Path from the backbone to its list of blocks, or of stages."""
+    def is_in(self, backbone: nn.Module) -> bool:
+        """Whether a module of this model type has the layers that the row names."""
 
 
 AnyRow = TypeVar("AnyRow", bound=Row)
@@ -23,11 +22,11 @@ def model_type_of(module: nn.Module) -> str:
 
 
 def known_backbones(model: nn.Module, table: Mapping[str, AnyRow]) -> dict[str, AnyRow]:
-    """Names of the modules that have the blocks, or the stages, of a model type in the table, with its row."""
+    """Names of the modules that are what a row of the table describes, with the row."""
     backbones = {}
     for name, module in model.named_modules():
         row = table.get(model_type_of(module))
-        if row is not None and isinstance(find_submodule(module, row.blocks_list), nn.ModuleList):
+        if row is not None and row.is_in(module):
             backbones[name] = row
     return backbones
 

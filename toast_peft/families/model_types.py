@@ -7,6 +7,10 @@ backbone or its cache is another one than it looks.
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import nn
+
+from .lookup import find_submodule
+
 Fused = Literal["one after the other", "by key-value head", "keys and values"]
 
 
@@ -34,10 +38,12 @@ class Architecture:
     fused: Fused | None = None
     has_cache: bool = True
 
-    @property
-    def blocks_list(self) -> str:
-        """What `known_backbones` looks for."""
-        return self.blocks
+    def is_in(self, backbone: nn.Module) -> bool:
+        """Whether a module of this model type has the layers that the row names; other versions may have others."""
+        blocks = find_submodule(backbone, self.blocks)
+        if not isinstance(blocks, nn.ModuleList):
+            return False
+        return all(find_submodule(block, self.value_projection) is not None for block in blocks)
 
 
 _BERT = Architecture("encoder.layer", "attention.self.value", None, has_cache=False)
@@ -77,7 +83,9 @@ UNSUITABLE = {
     "led": "its attention swaps the batch and the tokens",
     "longformer": "its attention swaps the batch and the tokens",
     "minimax": "the state of its linear attention is in a cache of its own kind, which holds one pass only",
+    "openai-gpt": "its blocks return their hidden states in a list",
     "patchtst": "its attention has the channels of a series as rows of the batch",
+    "pegasus_x": "its attention projects tokens of its own by the same layers as those of the text",
     "recurrent_gemma": _STATE,
     "reformer": _STATE,
     "rwkv": _STATE,

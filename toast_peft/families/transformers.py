@@ -66,11 +66,7 @@ def find_transformer_stacks(model: nn.Module, config: TopDownConfig) -> list[Tra
         ValueError: if the model type is unknown and no value projections are named, if the named modules are not one
             value projection in each block of one stack, or if no block is left.
     """
-    known = {
-        name: row
-        for name, row in known_backbones(model, ARCHITECTURES).items()
-        if _has_value_projections(model.get_submodule(name), row)
-    }
+    known = known_backbones(model, ARCHITECTURES)
     found, reasons = architectures_by_structure(model, known)
     if config.target_modules is None:
         stacks = _stacks_by_architecture(model, known | found, reasons)
@@ -89,10 +85,6 @@ def find_transformer_stacks(model: nn.Module, config: TopDownConfig) -> list[Tra
             "expected names or a regular expression of some of them."
         )
     return stacks
-
-
-def _has_value_projections(backbone: nn.Module, row: Architecture) -> bool:
-    return all(find_submodule(block, row.value_projection) for block in blocks_at(backbone, row.blocks))
 
 
 def _stacks_by_architecture(
@@ -147,7 +139,8 @@ def _wanted(
     if not parts or _has_two_towers(model, parts[-1]):
         return chosen, reasons
     inside = {module for part in parts for module in part.modules()}
-    stacks = {name: row for name, row in chosen.items() if model.get_submodule(name) in inside}
+    lists = {name: model.get_submodule(join_names(name, row.blocks)) for name, row in chosen.items()}
+    stacks = {name: row for name, row in chosen.items() if lists[name] in inside}
     return stacks, {name: why for name, why in reasons.items() if model.get_submodule(name) in inside}
 
 
