@@ -259,7 +259,7 @@ AROUND_IT = [
         "finding: `modules_to_save` inside of another match",
         "        if nested:\n",
         "        if False:\n",
-        "features/test_errors.py -k head",
+        "features/test_errors.py -k inside_of_each_other",
     ),
     Mutant(
         "card: our part is added at every save",
