@@ -273,10 +273,4 @@ AROUND_IT = [
         "if False:",
         "golden/test_convert.py -k merged",
     ),
-    Mutant(
-        "official checkpoint: blocks counted from the bottom of the model",
-        "_convolution_shape(stack.nodes[feedback_to + index], linear)",
-        "_convolution_shape(stack.nodes[index], linear)",
-        "golden/test_convert.py -k convnext",
-    ),
 ]
