@@ -29,7 +29,7 @@ SCENARIOS = {
     "full, reentrant": ({}, True),
     "lite, reentrant": (VARIANTS["lite"], True),
     "head": ({"modules_to_save": ["head"]}, None),
-    "pre-tuning": ({"variational_weight": 1.0}, None),
+    "pre-tuning": ({"variational_weight": 0.1}, None),  # with more, three steps diverge
 }
 BATCH_SIZE = 4
 
