@@ -90,6 +90,8 @@ UNSUITABLE = {
     "reformer": _STATE,
     "rwkv": _STATE,
     "vilt": "it puts the patches of an image into a random order, another one in each pass",
+    "t5_gemma_module": "the second pass of its decoder does not compute what a single one does",
+    "t5gemma2_decoder": "the second pass of its decoder does not compute what a single one does",
     "videomt": "it adds tokens to the hidden states between its blocks",
     "vit_mae": "it puts the patches of an image into a random order, another one in each pass",
     "wavlm": "its attention computes with the weight of the value projection, past the layer",
