@@ -120,6 +120,6 @@ def is_of_type(value: Any, annotation: Any) -> bool:
     return isinstance(value, annotation)
 
 
-def _is_number(value: Real) -> bool:
+def _is_number(value: Any) -> bool:
     """Neither a bool nor NaN, infinite or too large for float32."""
-    return not isinstance(value, bool) and abs(float(value)) <= torch.finfo(torch.float32).max
+    return not isinstance(value, bool) and abs(value) <= torch.finfo(torch.float32).max

@@ -16,7 +16,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from safetensors.torch import load_file
-from toast_peft.topdown_layer import belongs_to
+from toast_peft.core.topdown_layer import belongs_to
 from torch import nn
 
 from toast_peft import TopDownConfig

@@ -245,7 +245,7 @@ def trained(
     arguments = tf.TrainingArguments(
         str(folder),
         max_steps=3,
-        learning_rate=0.05,
+        learning_rate=5e-4,
         optim="sgd",
         report_to="none",
         use_cpu=True,

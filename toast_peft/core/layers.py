@@ -254,7 +254,7 @@ class FeedbackLayer(TopDownLayer):
         parameter = next(p for name, p in self.named_parameters() if f".{adapter_name}." in name)
         return self._linear1(self._cast_input_dtype(output, parameter.dtype), adapter_name, size)
 
-    def _linear1(self, z: torch.Tensor, adapter_name: str, size: tuple[int, ...]) -> torch.Tensor:
+    def _linear1(self, z: torch.Tensor, adapter_name: str, size: tuple[int, ...] = ()) -> torch.Tensor:
         full = self.topdown_linear1[adapter_name] if adapter_name in self.topdown_linear1 else self._identity
         return self._arrange(self._with_low_rank("topdown_linear1", full(z), z, adapter_name), size)
 
@@ -346,10 +346,9 @@ class FeedbackPath(nn.Module):
             "`accelerate launch` or `torchrun` (DistributedDataParallel), or make one GPU visible."
         )
 
-    def layers_of(self, adapter_name: str) -> Iterator[tuple[int, FeedbackLayer]]:
+    def layers_of(self, adapter_name: str) -> list[tuple[int, FeedbackLayer]]:
         """The chain of an adapter, from the top down: indices of blocks with their layers."""
-        for index in self.blocks_of(adapter_name):
-            yield index, self.layer(str(index))
+        return [(index, self.layer(str(index))) for index in self.blocks_of(adapter_name)]
 
     def forward(
         self,

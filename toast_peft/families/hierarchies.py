@@ -12,7 +12,7 @@ Notation used for tensor shapes:
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -248,12 +248,12 @@ class HierarchicalFeedbackPath(FeedbackPath):
         from_next_stage = self.stages[source] > self.stages[index]
         return HierarchicalFeedbackLayer(value_projection, self.hidden_sizes[source], from_next_stage)
 
-    def layers_of(self, adapter_name: str) -> Iterator[tuple[int, FeedbackLayer]]:
+    def layers_of(self, adapter_name: str) -> list[tuple[int, FeedbackLayer]]:
         """The chain of an adapter, from the top down: indices of blocks with their layers."""
         config = self.selection.topdown_config[adapter_name]
         first, last = config.feedback_range(len(self.stages))
-        for index in range(first - 1, last - 1, -1):
-            yield index, self.layer(self._layer_name(index, config))
+        indices = range(first - 1, last - 1, -1)
+        return [(index, self.layer(self._layer_name(index, config))) for index in indices]
 
 
 def in_windows(block: Any, td: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
