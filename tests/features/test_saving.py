@@ -16,10 +16,10 @@ from peft import (
     set_peft_model_state_dict,
 )
 from safetensors.torch import load_file
-from toast_peft.core.topdown_layer import belongs_to
 from torch import nn
 
 from toast_peft import TopDownConfig
+from toast_peft.core.topdown_layer import belongs_to
 
 from ..helpers import adapted, assert_same, loss_of, output_of, steered, trained_everywhere
 from ..zoo import NUM_BLOCKS, VARIANTS, VIT_AND_LLAMA, tiny_model
