@@ -17,7 +17,7 @@ from torch import nn
 
 from .golden.reference import reference_forward
 from .helpers import adapted, output_of, steered
-from .zoo import NUM_BLOCKS, VARIANTS, add_noise, inputs_of
+from .zoo import NUM_BLOCKS, VARIANTS, add_noise, images
 
 _VIT = {
     "hidden_size": 32,
@@ -107,7 +107,7 @@ def test_starts_as_no_op(name: str, variant: str) -> None:
 def test_output_is_that_of_the_formulas(name: str, variant: str) -> None:
     base = tiny_model(name).double()
     model = steered_in_float64(base, **VARIANTS[variant])
-    inputs = {"pixel_values": inputs_of(base)["pixel_values"].double()}
+    inputs = {"pixel_values": images(8, 8)["pixel_values"].double()}
     with torch.no_grad():
         expected = reference_forward(base, model, inputs).logits
     assert not torch.allclose(expected, output_of(base, inputs), rtol=1e-4, atol=1e-4)
@@ -139,7 +139,7 @@ def test_gradients_reach_the_adapter_and_the_decoder(name: str, variant: str) ->
     base = tiny_model(name)
     decoder = semantic_segmentation.decoder_modules(base)
     model = steered(base, **VARIANTS[variant], modules_to_save=decoder)
-    model.train()(**inputs_of(model), labels=torch.randint(0, 5, (2, 8, 8))).loss.backward()
+    model.train()(**images(8, 8), labels=torch.randint(0, 5, (2, 8, 8))).loss.backward()
     grads = {key: p.grad for key, p in model.named_parameters() if p.requires_grad}
     assert all("topdown_" in key or ".modules_to_save." in key for key in grads)
     # A decoder that takes the inputs of the blocks does not see what the last block does with its feedback.
