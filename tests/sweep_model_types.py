@@ -79,7 +79,7 @@ def examine(model_type: str) -> Row:
         return Row(model_type, "", "not tried", f"{type(error).__name__}: {error}")
     try:
         model = get_peft_model(base, TopDownConfig()).eval()
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:  # the latter from PEFT, to LoRA as well
         return Row(model_type, "", "refused", str(error))
     except Exception as error:
         return Row(model_type, "", "wrong", f"adapting: {type(error).__name__}: {error}")

@@ -39,6 +39,7 @@ def test_right_or_refused_as_the_page_of_models_says(model_type: str) -> None:
 
 def test_most_model_types_are_right() -> None:
     assert sum(result.endswith("right") for result in ON_PAGE.values()) >= 200
+    assert not any(result.endswith("wrong") for result in ON_PAGE.values())
 
 
 _LLAMA = Architecture("layers", "self_attn.v_proj", "norm")

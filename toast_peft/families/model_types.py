@@ -94,6 +94,7 @@ UNSUITABLE = {
     "vilt": "it puts the patches of an image into a random order, another one in each pass",
     "t5_gemma_module": "the second pass of its decoder does not compute what a single one does",
     "t5gemma2_decoder": "the second pass of its decoder does not compute what a single one does",
+    "vitdet": "its hidden states are maps with the channels first, and its attention sees them as tokens",
     "videomt": "it adds tokens to the hidden states between its blocks",
     "vit_mae": "it puts the patches of an image into a random order, another one in each pass",
     "wavlm": "its attention computes with the weight of the value projection, past the layer",
