@@ -85,14 +85,14 @@ class TopDownModel(BaseTuner):
         """Give a new adapter the weights that it starts with, or wait for those of a saved one."""
         is_saved = config.is_of_saved_adapter and config.pretrained_feedback is None
         is_new = not is_saved or (not has_weights and not config.inference_mode)  # a saved config for a new adapter
-        if is_saved:
-            load.wait_for_weights(self.model, adapter_name)
         if config.pretrained_feedback is not None:
             load.copied = start_from_pretrained(self.model, adapter_name, config)
         elif is_new:
             start_prompts(self.model, adapter_name)
         if config.base_feedback is not None and not load.copied:
             load.copied = load_base_feedback(self.model, adapter_name, config)
+        if is_saved:  # last: from here on, what changes the adapter is not part of the load
+            load.wait_for_weights(self.model, adapter_name)
 
     def _end_load(self, adapter_name: str) -> None:
         if self._loads[adapter_name].is_over:

@@ -10,6 +10,7 @@ import torch
 import transformers as tf
 from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from toast_peft import TopDownConfig
 
@@ -133,6 +134,17 @@ def test_prompt_of_a_new_adapter_with_the_config_of_another_one(saved: Path) -> 
         model = get_peft_model(tiny_model(tf.LlamaForCausalLM), config)
         [prompt] = [p for name, p in model.named_parameters() if "topdown_prompt" in name]
         torch.testing.assert_close(prompt.square().mean().sqrt(), torch.tensor(0.3))
+
+
+def test_adapter_to_be_trained_is_taken_away_when_its_weights_do_not_fit(saved: Path) -> None:
+    """Its prompt has got a start, as its weights were not known; that is a part of the load and no training."""
+    file = saved / "adapter_model.safetensors"
+    weights = load_file(file)
+    save_file({name: tensor[:1] if "topdown_prompt" in name else tensor for name, tensor in weights.items()}, file)
+    base = tiny_model(tf.LlamaForCausalLM)
+    config = PeftConfig.from_pretrained(saved)
+    with leaves_untouched(base), pytest.raises(ValueError, match="do not fit its config"):
+        PeftModel.from_pretrained(base, saved, config=config, is_trainable=True)
 
 
 def test_failed_weights_take_only_their_own_adapter_away(saved: Path) -> None:

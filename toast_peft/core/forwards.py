@@ -231,7 +231,7 @@ class BackboneForward(ReplacedForward):
     def _new_run(self, config: TopDownConfig, kwargs: dict[str, Any]) -> Run:
         feedback_from, feedback_to = config.feedback_range(len(self.blocks))
         recorded = ("output_attentions", "output_router_logits")
-        is_random = self.module.training and has_dropout(self.module)
+        is_random = has_dropout(self.module)
         return Run(
             feedback_from,
             feedback_to,

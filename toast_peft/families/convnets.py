@@ -375,7 +375,7 @@ class ConvNetBackboneForward(BackboneForward):
         return run.feedback_from == len(self.blocks) and super()._normalizes(run, config)
 
     def _new_run(self, config: TopDownConfig, kwargs: dict[str, Any]) -> Run:
-        is_random = self.module.training and has_dropout(self.module)  # nothing is recorded inside of a stage
+        is_random = has_dropout(self.module)  # nothing is recorded inside of a stage
         return Run(*config.feedback_range(len(self.blocks)), False, is_random, is_random)
 
 

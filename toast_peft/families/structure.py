@@ -32,6 +32,7 @@ FUSED_PROJECTIONS: dict[str, Fused] = {
     "to_kv": "keys and values",
     "Wqkv": "one after the other",
 }
+_WITH_VALUES = _VALUE_PROJECTIONS | FUSED_PROJECTIONS.keys()
 LATENT = {"kv_a_proj_with_mqa", "kv_b_proj", "kv_a_proj", "kv_down_proj"}
 # Attention to the states of an encoder or of another modality, whose values are not of the tokens of the block.
 _CROSS_ATTENTION = ("cross", "encoder_attn", "encdec", "enc_dec", "inter_attention")
@@ -95,9 +96,7 @@ def _value_projections(block: nn.Module) -> list[str]:
     return [
         path
         for path, module in block.named_modules()
-        if path.rpartition(".")[2] in _VALUE_PROJECTIONS | FUSED_PROJECTIONS.keys()
-        and input_size(module) > 0
-        and _is_in_self_attention(block, path)
+        if path.rpartition(".")[2] in _WITH_VALUES and input_size(module) > 0 and _is_in_self_attention(block, path)
     ]
 
 

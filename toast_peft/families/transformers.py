@@ -125,10 +125,6 @@ def _is_encoder_decoder(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
-def _last_name(architecture: Architecture) -> str:
-    return architecture.value_projection.rpartition(".")[2]
-
-
 def _wanted(
     model: nn.Module, chosen: dict[str, Architecture], reasons: dict[str, str]
 ) -> tuple[dict[str, Architecture], dict[str, str]]:
