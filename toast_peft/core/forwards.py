@@ -210,6 +210,9 @@ class BackboneForward(ReplacedForward):
     def _run_twice(self, adapter_name: str, kwargs: dict[str, Any]) -> Any:
         config = self.path.selection.topdown_config[adapter_name]
         run = self._new_run(config, kwargs)
+        if self.path.fused is not None:
+            self.path.fused.check(adapter_name, self.module.training)
+            run.of_values = self.path.fused.of_values
         if self.module.training and config.variational_weight > 0:
             run.reconstruction = Reconstruction(self.path, adapter_name, padding_to_leave_out(config, kwargs))
         cache = self._cache(adapter_name, run, kwargs)

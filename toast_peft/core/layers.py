@@ -22,6 +22,7 @@ from .value_projection import input_size
 
 if TYPE_CHECKING:
     from .forwards import TwoPasses
+    from .fused_feedback import FusedFeedback
 
 
 class Prompt(nn.Module):
@@ -102,7 +103,7 @@ class FeatureSelection(TopDownLayer):
         self._finish_update(adapter_name, config)
 
     def forward(self, features: torch.Tensor, adapter_name: str, compared: torch.Tensor | None = None) -> torch.Tensor:
-        """Select tokens, then channels, and keep the mask for whoever wants to look at it.
+        """Select tokens, then channels.
 
         Args:
             features: features of pass 1. Shape: [b, n, d]
@@ -111,14 +112,28 @@ class FeatureSelection(TopDownLayer):
         Returns:
             What the feedback path starts from. Shape: [b, n, d]
         """
-        transform = self.topdown_transform[adapter_name]
-        dtype = weight_of(transform).dtype
+        features, mask = self.weigh(features, adapter_name, compared)
+        return select(features, mask, self.topdown_transform[adapter_name])
+
+    def weigh(
+        self, features: torch.Tensor, adapter_name: str, compared: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute the mask of the tokens, and keep it for whoever wants to look at it.
+
+        Args:
+            features: features of pass 1. Shape: [b, n, d]
+            compared: what the prompt is compared with, if not the features themselves. Shape: [b, n, d]
+
+        Returns:
+            The features in the dtype of the adapter, and the mask. Shapes: [b, n, d], [b, n, 1]
+        """
+        dtype = weight_of(self.topdown_transform[adapter_name]).dtype
         features = self._cast_input_dtype(features, dtype)
         compared = features if compared is None else self._cast_input_dtype(compared, dtype)
         mask = self.topdown_prompt[adapter_name](compared)
         if not torch.compiler.is_exporting():  # traced with tensors that hold no numbers
             self.state.current.mask = mask.detach()
-        return select(features, mask, transform)
+        return features, mask
 
 
 class FeedbackLayer(TopDownLayer):
@@ -287,15 +302,18 @@ class FeedbackPath(nn.Module):
 
     Attributes:
         passes: what runs the backbone twice and hands the feedback to its blocks.
+        fused: computes the feedback of all blocks at once, `None` where it is not fused.
     """
 
     passes: "TwoPasses"
+    fused: "FusedFeedback | None"
     keeps_shape: ClassVar[bool] = True  # whether each `linear1` is a matrix from the block's output to its input
 
     def __init__(self, value_projection: nn.Module) -> None:
         super().__init__()
         self.selection = FeatureSelection(value_projection)
         self.layers = nn.ModuleDict()
+        self.register_module("fused", None)
 
     @property
     def state(self) -> ThreadState:
@@ -366,10 +384,13 @@ class FeedbackPath(nn.Module):
             sizes: for each block the height and width of its input, where it is a map.
 
         Returns:
-            For each block index what is added to the input of its value projection. Shape: as that
+            For each block index what is added to the input of its value projection; of fused feedback perhaps to its
+            output. Shape: as that
         """
         features = to_device_of(self.selection, features)
         compared = None if compared is None else to_device_of(self.selection, compared)
+        if self.fused is not None:
+            return self.fused(*self.selection.weigh(features, adapter_name, compared))
         z = self._select(features, adapter_name, compared)
         feedback = {}
         for index, layer in self.layers_of(adapter_name):
