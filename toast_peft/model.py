@@ -184,7 +184,7 @@ class TopDownModel(BaseTuner):
     # ---------------------------------------------------------------------------------------------------- inference
 
     def fuse_feedback(self) -> None:
-        """Make the feedback of the active adapter fast for inference; what is computed stays the same but for rounding.
+        """Make the feedback of the active adapter fast for inference; outputs stay the same but for rounding.
 
         The feedback path is linear, so that one matrix (in TOAST-Lite two) gives the feedback of all blocks. Where all
         value projections are plain linear layers their weights are folded in as well. The weights of the adapter stay
@@ -195,7 +195,8 @@ class TopDownModel(BaseTuner):
 
         Raises:
             ValueError: if no adapter is active, or feedback is fused already.
-            NotImplementedError: for ConvNets and hierarchical transformers, and if the adapter is offloaded or sharded.
+            NotImplementedError: for ConvNets and hierarchical transformers, and if the adapter is offloaded or
+                sharded.
         """
         fuse(self.model)
 

@@ -24,11 +24,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from .feedback import select
 from .folded_values import FoldedValues, foldable, value_bias, value_weight
-from .layers import FeedbackLayer, FeedbackPath, feedback_paths, weight_of
+from .layers import FeedbackLayer, FeedbackPath, Prompt, feedback_paths, weight_of
+from .value_projection import ValueHooks
 
 
 class FusedFeedback(nn.Module):
@@ -55,34 +55,27 @@ class FusedFeedback(nn.Module):
         super().__init__()
         _check_that_it_can_be_fused(path, adapter_name)
         self.adapter_name = adapter_name
-        layers = path.layers_of(adapter_name)
-        self.blocks = [index for index, _ in layers]
-        config = path.selection.topdown_config[adapter_name]
+        self.blocks = path.blocks_of(adapter_name)
         hooks = foldable(path.passes.value_hooks[index] for index in self.blocks)
         self.of_values = bool(hooks)
         self.weights = Weights([*_modules_of(path, adapter_name), *(hook.module for hook in hooks)])
         self.forwards: list[FoldedValues] = []
+        transform = weight_of(path.selection.topdown_transform[adapter_name])
         with torch.no_grad():
-            transform = weight_of(path.selection.topdown_transform[adapter_name])
-            factors = _factors(_exact(transform), [layer for _, layer in layers], adapter_name)
+            down, *up = zip(*_factors(path, adapter_name, hooks), strict=True)
+            config = path.selection.topdown_config[adapter_name]
             biases = [value_bias(hook, config.double_value_bias) for hook in hooks]
-            if self.of_values:
-                factors = [
-                    (*before, last @ value_weight(hook).to(last))
-                    for (*before, last), hook in zip(factors, hooks, strict=True)
-                ]
-            down, *up = zip(*factors, strict=True)
-        matrices = {
-            "down": torch.cat(down, dim=-1),
-            "up": torch.stack(up[0]) if up else None,
-            "bias": torch.stack(biases) if biases and biases[0] is not None else None,
-        }
-        for name, matrix in matrices.items():
-            self.register_buffer(name, None if matrix is None else matrix.to(transform), persistent=False)
+            biases_there = [bias.to(transform) for bias in biases if bias is not None]
+            self._keep("down", torch.cat(down, dim=-1).to(transform))
+            self._keep("up", torch.stack(up[0]).to(transform) if up else None)
+            self._keep("bias", torch.stack(biases_there) if biases_there else None)
+
+    def _keep(self, name: str, matrix: torch.Tensor | None) -> None:
+        self.register_buffer(name, matrix, persistent=False)
 
     def install(self, path: FeedbackPath) -> None:
         """Let the path compute its feedback here, and the value projections take that of their values."""
-        path.fused = self
+        path.fused = self.train(path.training)
         if self.of_values:
             self.forwards = [FoldedValues(path.passes.value_hooks[index]) for index in self.blocks]
 
@@ -201,42 +194,44 @@ def _modules_of(path: FeedbackPath, adapter_name: str) -> list[nn.Module]:
 def _check_that_it_can_be_fused(path: FeedbackPath, adapter_name: str) -> None:
     if not path.keeps_shape:
         raise NotImplementedError(
-            "`fuse_feedback()` does not support ConvNets and hierarchical transformers, whose feedback changes its shape "
-            "from stage to stage. Use the model as it is."
+            "`fuse_feedback()` does not support ConvNets and hierarchical transformers, whose feedback changes its "
+            "shape from stage to stage. Use the model as it is."
         )
     for module in _modules_of(path, adapter_name):
         weight = weight_of(module)
-        if weight.is_meta or weight.numel() == 0 or isinstance(weight, DTensor):
+        dimensions = 1 if isinstance(module, Prompt) else 2
+        if type(weight) is not nn.Parameter or weight.is_meta or weight.dim() != dimensions or weight.numel() == 0:
             raise NotImplementedError(
                 "`fuse_feedback()` needs the weights of the adapter in one piece, and they are offloaded, sharded "
                 "(FSDP, DeepSpeed) or not loaded. Use the model as it is, or load it on one device."
             )
 
 
-def _exact(matrix: torch.Tensor) -> torch.Tensor:
-    """The matrix in the precision to multiply matrices in, so that the errors of many products do not add up."""
-    return matrix.to(torch.float32 if matrix.device.type == "mps" else torch.float64)  # which MPS does not have
-
-
-def _factors(z: torch.Tensor, layers: list[FeedbackLayer], adapter_name: str) -> list[tuple[torch.Tensor, ...]]:
+def _factors(path: FeedbackPath, adapter_name: str, hooks: list[ValueHooks]) -> list[tuple[torch.Tensor, ...]]:
     """The matrix `M_l` of each block, as two factors where it is of low rank.
 
     Args:
-        z: the channel transform. Shape: [d, d]
-        layers: the feedback layers, from the top down.
-        adapter_name: the adapter.
+        path: the feedback path.
+        adapter_name: its adapter.
+        hooks: of the value projections whose weights are folded in, or none.
 
     Returns:
-        For each layer one matrix or two. Shapes: [d, d]; or [d, r], [r, d]
+        For each block, from the top down, one matrix or two. Shapes: [d, out]; or [d, r], [r, out]
     """
-    factors: list[tuple[torch.Tensor, ...]] = []
-    for layer in layers:
+    transform = weight_of(path.selection.topdown_transform[adapter_name])
+    # Float64, so that the rounding of many products does not add up; MPS does not have it.
+    z = transform.to(torch.float32 if transform.device.type == "mps" else torch.float64)
+    factors = []
+    for i, (_, layer) in enumerate(path.layers_of(adapter_name)):
         z = _times(z, layer, "topdown_linear1", adapter_name)
         if adapter_name in layer.topdown_linear2:
-            factors.append((_times(z, layer, "topdown_linear2", adapter_name),))
+            of_block = [_times(z, layer, "topdown_linear2", adapter_name)]
         else:
             a, b = _low_rank(z, layer, "topdown_linear2", adapter_name)
-            factors.append((z @ a, b))
+            of_block = [z @ a, b]
+        if hooks:
+            of_block[-1] = of_block[-1] @ value_weight(hooks[i]).to(z)
+        factors.append(tuple(of_block))
     return factors
 
 

@@ -54,6 +54,10 @@ class ValueHooks:
         index: the block.
         columns: which of its outputs are values; `None` if all are.
         arrange: brings the feedback into the shape of the projection's input, where that is another one.
+
+    Attributes:
+        module: what the hooks are on now.
+        folded: the layer that adds the feedback of its values itself, as its weight is folded into fused feedback.
     """
 
     def __init__(
@@ -68,6 +72,8 @@ class ValueHooks:
         self.index = index
         self.arrange = arrange
         self.columns = columns
+        self.module = value_projection
+        self.folded: nn.Module | None = None
         self.handles = self._hang_on(value_projection)
 
     def _hang_on(self, module: nn.Module) -> list[RemovableHandle]:
@@ -81,6 +87,7 @@ class ValueHooks:
     def move_to(self, module: nn.Module) -> None:
         """Take the hooks to the module that comes into the place of the value projection."""
         self.remove()
+        self.module = module
         self.handles = self._hang_on(module)
 
     def add_feedback(self, module: nn.Module, args: tuple) -> tuple | None:
@@ -97,7 +104,7 @@ class ValueHooks:
         if run is None or self.columns is None:
             return None
         hidden_states, *others = args
-        if _is_plain(module):
+        if is_plain(module, num_hooks=1):
             self._add_to_values(run, module, hidden_states, output)
             return None
         steered = self._without_feedback(module, self._steered(run, hidden_states), *others)
@@ -110,7 +117,7 @@ class ValueHooks:
         assert self.columns is not None
         bias = self.columns.rows(module.get_parameter("bias")) if run.double_bias and module.bias is not None else None
         weight = self.columns.rows(weight_matrix(module))
-        self.columns.add(output, F.linear(self._feedback(run, hidden_states), weight, bias))
+        self.columns.add(output, F.linear(self.feedback(run, hidden_states), weight, bias))
 
     def add_bias_again(self, module: nn.Module, args: tuple, value: torch.Tensor) -> torch.Tensor | None:
         """Official ViT: `v = W h + b + W td + b`. Shape: [b, n, d]"""
@@ -120,18 +127,29 @@ class ValueHooks:
     def _run_with_feedback(self) -> Run | None:
         """The running forward, if it has feedback for this block."""
         run = self.state.current.run
-        return run if run is not None and self.index in run.feedback else None
+        if run is None or self.index not in run.feedback:
+            return None
+        if not run.of_values:
+            return run
+        if self.module is not self.folded:
+            raise RuntimeError(
+                f"The value projection of block {self.index} is another layer, a {type(self.module).__name__}, than "
+                "when `fuse_feedback()` folded its weight into the feedback. Call `unfuse_feedback()`, and then "
+                "`fuse_feedback()` again."
+            )
+        return None
 
     def _steered(self, run: Run, hidden_states: torch.Tensor) -> torch.Tensor:
-        return steer(hidden_states, self._feedback(run, hidden_states))
+        return steer(hidden_states, self.feedback(run, hidden_states))
 
-    def _feedback(self, run: Run, hidden_states: torch.Tensor) -> torch.Tensor:
-        """What is added to the hidden states, in their shape, which is checked. Shape: [b, n, d]"""
+    def feedback(self, run: Run, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What is added to the hidden states or the values, for as many tokens, which is checked. Shape: [b, n, d]"""
         if self.index not in run.steered:
             run.steered.append(self.index)
         td = run.feedback[self.index]
         td = td if self.arrange is None else self.arrange(td, hidden_states)
-        if td.shape != hidden_states.shape:  # they might still be broadcast
+        expected = hidden_states.shape if not run.of_values else (*hidden_states.shape[:-1], td.shape[-1])
+        if td.shape != expected:  # they might still be broadcast
             raise ValueError(
                 f"The feedback of block {self.index} has the shape {list(td.shape)} and the input of its value "
                 f"projection {list(hidden_states.shape)}; expected the same, as TOAST supports only attention that "
@@ -155,14 +173,19 @@ class ValueHooks:
             handle.remove()
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """Whether a module is a linear layer and nothing more, so that its weight alone says what it computes."""
+def is_plain(module: nn.Module, num_hooks: int) -> bool:
+    """Whether a module is a linear layer and nothing more, so that its weight alone says what it computes.
+
+    Args:
+        module: the module.
+        num_hooks: how many of our own hooks it has.
+    """
     is_linear = type(module) in (nn.Linear, Conv1D) or type(module).__name__ == "FalconLinear"
     if not is_linear or type(module.weight) is not nn.Parameter:  # quantised, sharded
         return False
     # Of accelerate, which fetches an offloaded weight, and whatever hangs on it besides our own hook.
     is_changed = "forward" in module.__dict__ or "_hf_hook" in module.__dict__
-    return not is_changed and len(module._forward_hooks) == 1 and not module._forward_pre_hooks
+    return not is_changed and len(module._forward_hooks) + len(module._forward_pre_hooks) == num_hooks
 
 
 def weight_matrix(module: nn.Module) -> torch.Tensor:
