@@ -170,7 +170,7 @@ def test_generation_with_a_cache(model_class: type, cache: dict[str, Any]) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("model_class", "options"), [(VIT, {"r": 4}), (LLAMA, {}), (GPT2, {"r": 4})])
+@pytest.mark.parametrize(("model_class", "options"), [(VIT, {"r": 4}), (GPT2, {})])
 def test_compiled_once_in_one_graph(model_class: type, options: dict[str, Any]) -> None:
     torch.compiler.reset()
     model = fused(model_class, **options)
@@ -187,14 +187,13 @@ def test_compiled_decoding_with_a_static_cache() -> None:
     torch.compiler.reset()
     model = fused(LLAMA)
     results = []
-    for run in (model, torch.compile(model, fullgraph=True, backend="eager")):
+    for decode in (model, torch.compile(model, fullgraph=True, backend="eager")):
         cache = tf.StaticCache(config=model.config, max_cache_len=12)
         with torch.no_grad():
-            results.append(
-                [run(input_ids=torch.tensor([ids]), **{CACHE: cache}).logits for ids in ([5, 6, 7], [8], [9])]
-            )
-    for found, expected in zip(*reversed(results), strict=True):
-        assert_same(found, expected)
+            model(input_ids=torch.tensor([[5, 6, 7]]), **{CACHE: cache})
+            logits = [decode(input_ids=torch.tensor([[token]]), **{CACHE: cache}).logits for token in (8, 9)]
+        results.append(torch.stack(logits))
+    assert_same(*results)
 
 
 class Kernels(TorchDispatchMode):
@@ -322,6 +321,7 @@ REFUSED: dict[str, tuple[Callable[[PeftModel], Any], str]] = {
 def test_refused_while_fused(action: Callable[[PeftModel], Any], message: str) -> None:
     model = steered(tiny_model(VIT))
     model.add_adapter("other", TopDownConfig())
+    model.eval()
     model.fuse_feedback()
     with leaves_untouched(model), pytest.raises((ValueError, RuntimeError), match=message):
         action(model)
