@@ -42,6 +42,7 @@ ROWS += [tf.ModernBertForSequenceClassification, tf.T5ForConditionalGeneration, 
 OPTIONS: dict[str, dict[str, Any]] = {
     "official": {"init_weights": False},
     "official lite": {"init_weights": False, "r": 4},
+    "transform of low rank": {"transform_r": 3, "feedback_from": 2},
     "early": {"feedback_from": 2},
     "late lite": {"feedback_to": 2, "r": 4},
     "some blocks": {"layers_to_transform": [0, 2]},

@@ -26,6 +26,7 @@ from .cache import CacheOwner, TwoPassCache, cache_argument, cache_parameter, re
 from .checkpoint import CheckpointWithFeedback, unwrap_checkpoint, wrap_checkpoint
 from .dropout import has_dropout, pass_without_dropout
 from .layers import FeedbackPath, hidden_states_of
+from .module_tree import is_trained
 from .recording import RecordingPaused
 from .run import SINGLE_PASS, Run, ThreadState
 from .value_projection import ValueColumns, ValueHooks
@@ -283,8 +284,7 @@ class BackboneForward(ReplacedForward):
         """Whether the features of pass 1 depend on something that wants a gradient."""
         if any(isinstance(value, torch.Tensor) and value.requires_grad for value in kwargs.values()):
             return True
-        unused = {self.path, self.final_norm, *list(self.blocks)[run.feedback_from :]}
-        return any(parameter.requires_grad for parameter in _parameters_outside(self.module, unused))
+        return is_trained(self.module, without={self.path, self.final_norm, *list(self.blocks)[run.feedback_from :]})
 
     def _features(self, run: Run, config: TopDownConfig) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What the feedback starts from, and what the prompt is compared with if that is something else."""
@@ -297,13 +297,6 @@ class BackboneForward(ReplacedForward):
 
     def _normalizes(self, run: Run, config: TopDownConfig) -> bool:
         return self.normalize_features if config.normalize_features is None else config.normalize_features
-
-
-def _parameters_outside(module: nn.Module, excluded: set[nn.Module | None]) -> Any:
-    yield from module.parameters(recurse=False)
-    for child in module.children():
-        if child not in excluded:
-            yield from _parameters_outside(child, excluded)
 
 
 class TwoPasses:

@@ -27,7 +27,7 @@ from torch import nn
 
 from .feedback import select
 from .folded_values import FoldedValues, foldable, value_bias, value_weight
-from .layers import FeedbackLayer, FeedbackPath, Prompt, feedback_paths, weight_of
+from .layers import FeatureSelection, FeedbackLayer, FeedbackPath, Prompt, feedback_paths, weight_of
 from .value_projection import ValueHooks
 
 
@@ -60,14 +60,14 @@ class FusedFeedback(nn.Module):
         self.of_values = bool(hooks)
         self.weights = Weights([*_modules_of(path, adapter_name), *(hook.module for hook in hooks)])
         self.forwards: list[FoldedValues] = []
-        transform = weight_of(path.selection.topdown_transform[adapter_name])
+        prompt = weight_of(path.selection.topdown_prompt[adapter_name])
         with torch.no_grad():
             down, *up = zip(*_factors(path, adapter_name, hooks), strict=True)
             config = path.selection.topdown_config[adapter_name]
             biases = [value_bias(hook, config.double_value_bias) for hook in hooks]
-            biases_there = [bias.to(transform) for bias in biases if bias is not None]
-            self._keep("down", torch.cat(down, dim=-1).to(transform))
-            self._keep("up", torch.stack(up[0]).to(transform) if up else None)
+            biases_there = [bias.to(prompt) for bias in biases if bias is not None]
+            self._keep("down", torch.cat(down, dim=-1).to(prompt))
+            self._keep("up", torch.stack(up[0]).to(prompt) if up else None)
             self._keep("bias", torch.stack(biases_there) if biases_there else None)
 
     def _keep(self, name: str, matrix: torch.Tensor | None) -> None:
@@ -218,9 +218,7 @@ def _factors(path: FeedbackPath, adapter_name: str, hooks: list[ValueHooks]) -> 
     Returns:
         For each block, from the top down, one matrix or two. Shapes: [d, out]; or [d, r], [r, out]
     """
-    transform = weight_of(path.selection.topdown_transform[adapter_name])
-    # Float64, so that the rounding of many products does not add up; MPS does not have it.
-    z = transform.to(torch.float32 if transform.device.type == "mps" else torch.float64)
+    z = _transform(path.selection, adapter_name)
     factors = []
     for i, (_, layer) in enumerate(path.layers_of(adapter_name)):
         z = _times(z, layer, "topdown_linear1", adapter_name)
@@ -233,6 +231,17 @@ def _factors(path: FeedbackPath, adapter_name: str, hooks: list[ValueHooks]) -> 
             of_block[-1] = of_block[-1] @ value_weight(hooks[i]).to(z)
         factors.append(tuple(of_block))
     return factors
+
+
+def _transform(selection: FeatureSelection, adapter_name: str) -> torch.Tensor:
+    """The channel transform, `1 + A' B'` where it is of low rank. Shape: [d, d]"""
+    prompt = weight_of(selection.topdown_prompt[adapter_name])
+    # Float64, so that the rounding of many products does not add up; MPS does not have it.
+    dtype = torch.float32 if prompt.device.type == "mps" else torch.float64
+    if adapter_name in selection.topdown_transform:
+        return weight_of(selection.topdown_transform[adapter_name]).to(dtype)
+    a, b = (weight_of(getattr(selection, f"topdown_transform_{factor}")[adapter_name]).T.to(dtype) for factor in "AB")
+    return torch.eye(len(prompt), dtype=dtype, device=prompt.device) + a @ b
 
 
 def _times(z: torch.Tensor, layer: FeedbackLayer, name: str, adapter_name: str) -> torch.Tensor:
