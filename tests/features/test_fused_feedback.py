@@ -13,7 +13,6 @@ import transformers as tf
 from accelerate import cpu_offload
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model, set_peft_model_state_dict
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from toast_peft import TopDownConfig, initialize_feedback
 
@@ -31,7 +30,9 @@ from ..helpers import (
     steered,
     value_projections_of,
 )
-from ..zoo import add_noise, inputs_of, tiny_model
+from ..zoo import VIT_AND_LLAMA, add_noise, inputs_of, tiny_model
+from .test_overhead import MODELS as TWELVE_BLOCKS
+from .test_overhead import kernels
 
 VIT = tf.ViTForImageClassification
 LLAMA = tf.LlamaForCausalLM  # with grouped queries
@@ -197,30 +198,15 @@ def test_compiled_decoding_with_a_static_cache() -> None:
     assert_same(*results)
 
 
-class Kernels(TorchDispatchMode):
-    """Counts calls that compute something, and not only look at a tensor in another way."""
-
-    count = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        self.count += not function.is_view and function is not torch.ops.aten._unsafe_view.default
-        return function(*args, **kwargs or {})
-
-
-def kernels_of(model: nn.Module) -> int:
-    with Kernels() as kernels:
-        output_of(model)
-    return kernels.count
-
-
-def test_few_kernels() -> None:
-    """Two passes, and not more than a twelfth of a pass for all that is between them."""
-    model = adapted(tiny_model(VIT, num_hidden_layers=12), r=8)
+@pytest.mark.parametrize("model_class", VIT_AND_LLAMA)
+def test_few_kernels(model_class: type) -> None:
+    """Two passes, and for all 12 blocks together not more than a tenth of a pass between them."""
+    model = adapted(TWELVE_BLOCKS[model_class]().eval(), r=8)
     with model.disable_adapter():
-        of_base = kernels_of(model)
-    of_path = kernels_of(model)
+        of_base = kernels(lambda: output_of(model))
+    of_path = kernels(lambda: output_of(model))
     model.fuse_feedback()
-    assert kernels_of(model) <= 2.1 * of_base < of_path
+    assert kernels(lambda: output_of(model)) <= 2.1 * of_base < of_path
 
 
 # --------------------------------------------------------------------------------------------- copies, saving, removal
@@ -233,9 +219,22 @@ def test_copies(copied: Callable) -> None:
     copy_of_model = copied(model)
     assert torch.equal(output_of(copy_of_model), expected)
     copy_of_model.unfuse_feedback()
-    add_noise(*copy_of_model.parameters())
-    output_of(copy_of_model)
+    assert_same(output_of(copy_of_model), expected)
     assert torch.equal(output_of(model), expected)
+
+
+@pytest.mark.parametrize("changed_before", [True, False])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_changed_weights_are_noticed_in_a_copy(copied: Callable, changed_before: bool) -> None:
+    model = fused()
+    if changed_before:
+        add_noise(paths_of(model)[0].selection.topdown_prompt["default"].weight)
+    copy_of_model = copied(model)
+    if not changed_before:
+        add_noise(paths_of(copy_of_model)[0].selection.topdown_prompt["default"].weight)
+        output_of(model)
+    with pytest.raises(RuntimeError, match="have changed since"):
+        output_of(copy_of_model)
 
 
 def test_moves_with_the_model() -> None:

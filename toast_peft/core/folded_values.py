@@ -60,8 +60,8 @@ class FoldedValues(ReplacedForward):
             return self.original(hidden_states)
         td = self.hooks.feedback(run, hidden_states)
         if columns is None:  # one matmul, as without feedback
-            values = torch.addmm(td.flatten(0, -2), hidden_states.flatten(0, -2), weight_matrix(self.module).T)
-            return values.unflatten(0, hidden_states.shape[:-1])
+            values = torch.addmm(td.flatten(0, -2), hidden_states.flatten(0, -2), weight_matrix(self.module).t())
+            return values.view(td.shape)
         output = self.original(hidden_states)
         columns.add(output, td)
         return output

@@ -96,7 +96,8 @@ class FusedFeedback(nn.Module):
         """
         tokens = select(features, mask, lambda z: z.flatten(0, -2))
         td = self._full(tokens) if self.up is None else self._low_rank(tokens, self.up)
-        return {index: of_block.unflatten(0, mask.shape[:-1]) for index, of_block in zip(self.blocks, td, strict=True)}
+        shape = (*mask.shape[:-1], td[0].shape[-1])
+        return {index: of_block.view(shape) for index, of_block in zip(self.blocks, td, strict=True)}
 
     def _full(self, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Shape: [b * n, d] -> [b * n, out] for each block"""
@@ -140,10 +141,6 @@ class FusedFeedback(nn.Module):
                 "`fuse_feedback()` again."
             )
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self.weights.forget()  # they are moved or cast as the matrices are
-        return super()._apply(fn, recurse)
-
 
 class Weights:
     """The weights of some modules, and whether they are still those that they were.
@@ -155,7 +152,7 @@ class Weights:
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         # Of the modules and not the tensors themselves: loading may put others in their place.
         self.parameters = [module._parameters for module in modules]
-        self.versions: list[tuple[int, int]] | None = self._versions()
+        self.versions = self._versions()
 
     def _versions(self) -> list[tuple[int, int]]:
         return [
@@ -166,14 +163,8 @@ class Weights:
         ]
 
     def have_changed(self) -> bool:
-        """Whether one is another tensor, or was changed in place, since it was last known to be right."""
-        versions = self._versions()
-        self.versions = versions if self.versions is None else self.versions
-        return versions != self.versions
-
-    def forget(self) -> None:
-        """Take the weights as they are at the next look for right."""
-        self.versions = None
+        """Whether one is another tensor, or was changed in place. Moving and casting a model keeps the tensors."""
+        return self._versions() != self.versions
 
     def require_grad(self) -> bool:
         """Whether one requires a gradient."""
@@ -181,7 +172,11 @@ class Weights:
         return any(weight is not None and weight.requires_grad for weight in weights)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"parameters": self.parameters, "versions": None}  # a copy has other tensors
+        return {"parameters": self.parameters, "have_changed": self.have_changed()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.parameters = state["parameters"]  # of the copy, which has tensors of its own
+        self.versions = [] if state["have_changed"] else self._versions()
 
 
 def _modules_of(path: FeedbackPath, adapter_name: str) -> list[nn.Module]:

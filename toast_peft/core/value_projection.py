@@ -1,7 +1,7 @@
 """Adds the feedback to the input of a block's value projection, which may compute queries and keys as well."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
@@ -190,7 +190,7 @@ def is_plain(module: nn.Module, num_hooks: int) -> bool:
 
 def weight_matrix(module: nn.Module) -> torch.Tensor:
     """The weight of a plain linear layer. Shape: [out, in]"""
-    weight = module.get_parameter("weight")
+    weight = cast(nn.Parameter, module.weight)
     return weight.t() if isinstance(module, Conv1D) else weight  # GPT-2 stores it the other way round
 
 
