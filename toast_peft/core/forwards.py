@@ -26,53 +26,15 @@ from .cache import CacheOwner, TwoPassCache, cache_argument, cache_parameter, re
 from .checkpoint import CheckpointWithFeedback, unwrap_checkpoint, wrap_checkpoint
 from .dropout import has_dropout, pass_without_dropout
 from .layers import FeedbackPath, hidden_states_of
-from .recording import RecordingPaused
-from .run import SINGLE_PASS, Run, ThreadState
+from .recording import RecordingPaused, is_recording
+from .replaced_forward import ReplacedForward
+from .run import SINGLE_PASS, Run
+from .stored_pass import STORED_INPUT, Origin, StoredInput, StoredPass
 from .value_projection import ValueColumns, ValueHooks
 from .variational_loss import LossHook, Reconstruction, padding_to_leave_out
 
 if TYPE_CHECKING:
     from .stack import Stack
-
-
-class ReplacedForward:
-    """A module's `forward` on the instance, in front of the one of its class.
-
-    An object instead of a closure, so that a deep copy of the model is bound to the copied modules.
-    """
-
-    def __init__(self, module: nn.Module, state: ThreadState) -> None:
-        self.module = module
-        self.state = state
-        # Another library may have replaced the forward of this instance already (accelerate does, for offloading).
-        self.previous: Callable | None = module.__dict__.get("forward")
-        module.__dict__["forward"] = self
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        signature = inspect.signature(self.previous or type(self.module).forward)
-        if self.previous is not None:
-            return signature
-        return signature.replace(parameters=list(signature.parameters.values())[1:])
-
-    def original(self, *args: Any, **kwargs: Any) -> Any:
-        """The forward that was there before."""
-        if self.previous is not None:
-            return self.previous(*args, **kwargs)
-        # Looked up now: FSDP2 changes the class of the module.
-        return type(self.module).forward(self.module, *args, **kwargs)
-
-    def remove(self) -> None:
-        """Put the previous forward back, also from beneath a later replacement by accelerate."""
-        attributes = self.module.__dict__
-        for name in ("forward", "_old_forward"):
-            if attributes.get(name) is self:
-                if self.previous is not None:
-                    attributes[name] = self.previous
-                elif name == "forward":
-                    del attributes[name]
-                else:
-                    attributes[name] = type(self.module).forward.__get__(self.module)
 
 
 class BlockForward(ReplacedForward):
@@ -212,9 +174,16 @@ class BackboneForward(ReplacedForward):
         run = self._new_run(config, kwargs)
         if self.module.training and config.variational_weight > 0:
             run.reconstruction = Reconstruction(self.path, adapter_name, padding_to_leave_out(config, kwargs))
-        cache = self._cache(adapter_name, run, kwargs)
-        self._first_pass(run, kwargs if cache is None else {**kwargs, **cache.in_first_pass})
-        features, compared = self._features(run, config)
+        stored, self.state.current.stored = self.state.current.stored, None
+        if stored is None:
+            cache = self._cache(adapter_name, run, kwargs)
+            self._first_pass(run, kwargs if cache is None else {**kwargs, **cache.in_first_pass})
+            features, compared = self._features(run, config)
+        else:
+            stored.check(self.origin(config))
+            cache, kwargs = None, self._without_cache(kwargs)
+            self._instead_of_first_pass(run, stored, kwargs)
+            features, compared = stored.features, None
         run.feedback = self.path(features, adapter_name, compared, run.input_sizes)
         if not torch.compiler.is_exporting():
             self.state.current.attention_mask = kwargs.get("attention_mask")
@@ -260,9 +229,39 @@ class BackboneForward(ReplacedForward):
         has_cross_attention = kwargs.get("encoder_hidden_states") is not None
         return TwoPassCache(cache, name, self.module.config, len(self.blocks), owner, has_cross_attention)
 
+    def origin(self, config: TopDownConfig) -> Origin:
+        """What pass 1 of an adapter is."""
+        run = self._new_run(config, {})
+        return Origin(run.feedback_from, run.feedback_to, self._normalizes(run, config))
+
+    def _without_cache(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a forward whose pass 1 does not run, and so fills no cache."""
+        if not self.has_cache:
+            return kwargs
+        name = cache_argument(kwargs, self.cache_parameter)
+        if (name is not None and kwargs.get(name) is not None) or kwargs.get("use_cache"):
+            raise ValueError(
+                f"`{STORED_INPUT}` was given together with a key-value cache, which would have no keys and values of "
+                "pass 1; leave out one of them."
+            )
+        return {**kwargs, "use_cache": False} if "use_cache" in self.argument_names else kwargs
+
+    def _instead_of_first_pass(self, run: Run, stored: StoredPass, kwargs: dict[str, Any]) -> None:
+        """Let pass 2 find what pass 1 had computed when it was stored."""
+        if self.features_are_trained(stored.origin, kwargs):
+            raise ValueError(
+                f"`{STORED_INPUT}` was given, but pass 1 depends on something that is trained or wants a gradient, so "
+                "that it is another one in every step; freeze all below the feedback, or leave it out."
+            )
+        recorded = self._option("output_hidden_states", kwargs)
+        if stored.hidden_states is None or is_recording() or not (recorded is None or recorded is False):
+            run.repeat_lower_blocks = True
+        else:  # only the last of them is used
+            run.outputs = dict.fromkeys(range(run.feedback_to), stored.hidden_states)
+
     def _first_pass(self, run: Run, kwargs: dict[str, Any]) -> None:
         self.state.current.run = run
-        needs_graph = torch.is_grad_enabled() and self._first_pass_is_trained(run, kwargs)
+        needs_graph = torch.is_grad_enabled() and self._first_pass_is_trained(run.feedback_from, kwargs)
         recording = nullcontext() if self.records_itself else RecordingPaused()
         with nullcontext() if needs_graph else torch.no_grad(), self._without_dropout(run, needs_graph), recording:
             self.original(**{**kwargs, **self.not_recorded})
@@ -276,12 +275,18 @@ class BackboneForward(ReplacedForward):
     def _without_dropout(self, run: Run, needs_graph: bool) -> AbstractContextManager[None]:
         return pass_without_dropout(self.module, needs_graph) if run.without_dropout else nullcontext()
 
-    def _first_pass_is_trained(self, run: Run, kwargs: dict[str, Any]) -> bool:
-        """Whether the features of pass 1 depend on something that wants a gradient."""
+    def _first_pass_is_trained(self, feedback_from: int, kwargs: dict[str, Any]) -> bool:
+        """Whether the features of pass 1, before a norm, depend on something that wants a gradient."""
         if any(isinstance(value, torch.Tensor) and value.requires_grad for value in kwargs.values()):
             return True
-        unused = {self.path, self.final_norm, *list(self.blocks)[run.feedback_from :]}
+        unused = {self.path, self.final_norm, *list(self.blocks)[feedback_from:]}
         return any(parameter.requires_grad for parameter in _parameters_outside(self.module, unused))
+
+    def features_are_trained(self, origin: Origin, kwargs: dict[str, Any]) -> bool:
+        """Whether the features that the feedback starts from depend on something that wants a gradient."""
+        norm = self.final_norm if origin.normalize_features else None
+        norm_is_trained = norm is not None and any(parameter.requires_grad for parameter in norm.parameters())
+        return norm_is_trained or self._first_pass_is_trained(origin.feedback_from, kwargs)
 
     def _features(self, run: Run, config: TopDownConfig) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What the feedback starts from, and what the prompt is compared with if that is something else."""
@@ -327,6 +332,7 @@ class TwoPasses:
         self.backbone_forward = self.backbone_forward_class(stack, path, self.block_forwards)
         self.value_hooks: dict[int, ValueHooks] = {}
         self.loss_hook = LossHook(model, path)
+        self.stored_input: StoredInput | None = None
 
     def numbered_modules(self, stack: "Stack") -> Iterable[tuple[int, nn.Module]]:
         """The modules that a pass can skip."""
@@ -337,8 +343,26 @@ class TwoPasses:
         if index not in self.value_hooks:
             self.value_hooks[index] = ValueHooks(value_projection, self.path.state, index, self.value_columns)
 
+    def accept_stored(self, model: nn.Module, origin: Origin) -> None:
+        """Let a model take what pass 1 has computed as one more input.
+
+        Raises:
+            ValueError: if it already takes that of another pass 1, or another model around the backbone takes it.
+        """
+        accepted = self.stored_input
+        if accepted is None:
+            self.stored_input = StoredInput(model, self.path.state, origin)
+        elif (accepted.module, accepted.origin) != (model, origin):
+            raise ValueError(
+                f"The model takes the stored features of {type(accepted.module).__name__} with {accepted.origin}, and "
+                f"now those of {type(model).__name__} with {origin} were stored; expected the same. Load the model "
+                "anew for these."
+            )
+
     def remove(self) -> None:
         """Leave the modules as they were."""
+        if self.stored_input is not None:  # it may be in front of the backbone's
+            self.stored_input.remove()
         for forward in (self.backbone_forward, *self.block_forwards):
             forward.remove()
         for hooks in self.value_hooks.values():

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
+    from .stored_pass import StoredPass
     from .variational_loss import Reconstruction
 
 
@@ -65,6 +66,7 @@ class Current:
         variational_loss: that of the last forward in training, until it is added to a loss.
         mask: of the last forward with feedback, how much of each token was selected. Shape: [b, n, 1], or [b, h, w, 1]
         attention_mask: what that forward was called with.
+        stored: what pass 1 of the next forward has computed already, `None` if it has to run.
     """
 
     def __init__(self) -> None:
@@ -72,6 +74,7 @@ class Current:
         self.variational_loss: torch.Tensor | None = None
         self.mask: torch.Tensor | None = None
         self.attention_mask: Any = None
+        self.stored: StoredPass | None = None
 
 
 class ThreadState(threading.local):
