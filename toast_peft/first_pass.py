@@ -26,6 +26,7 @@ from .base_feedback import sha256_of
 from .core.dropout import in_evaluation_mode
 from .core.layers import FeedbackPath, feedback_paths
 from .core.stored_pass import STORED_INPUT, StoredPass
+from .core.variational_loss import predicts_next_token
 from .feature_shards import StoredRow
 
 Rows = list[dict[str, Any]]
@@ -76,6 +77,7 @@ class FirstPass:
         self.arguments = [p.name for p in parameters if p.kind in kinds and p.name != STORED_INPUT]
         labels = {*find_labels(type(self.model)), "labels", "label", "label_ids"}
         self.input_names = tuple(name for name in self.arguments if name not in labels)
+        self.predicts_next_token = predicts_next_token(self.model)
         self.keeps_hidden_states = self.origin.feedback_to > 0
 
     # ------------------------------------------------------------------------------------------------------- running
@@ -84,8 +86,14 @@ class FirstPass:
         """What is to be stored of the rows, without padding."""
         batch = self._batch(rows)
         inputs = inputs_of(batch, self.input_names, len(rows))
+        check_labels(batch, inputs, self.predicts_next_token)
         with torch.no_grad():
             stored = self._run(batch)
+        if stored.dim() != 4 or len(stored) != len(rows):
+            raise ValueError(
+                f"The features of {len(rows)} rows have the shape {list(stored[:, :, 0].shape)}; expected [rows, "
+                "tokens, channels]."
+            )
         own = own_tokens(inputs, len(rows), stored.shape[1]).to(stored.device)
         return [StoredRow(stored[i, own[i]], checksum(inputs, i)) for i in range(len(rows))]
 
@@ -135,27 +143,40 @@ class FirstPass:
             ValueError: if something below the feedback is trained, or if the model computes something else with what
                 is stored than without.
         """
-        batch = self._batch(rows)
+        computed, batch = self(rows), self._batch(rows)
+        self.dtype = computed[0].features.dtype
         self._check_frozen(batch)
-        with torch.no_grad():
-            stored = self._run(batch)
-            if stored.dim() != 4 or len(stored) != len(rows):
-                raise ValueError(
-                    f"The features of {len(rows)} rows have the shape {list(stored[:, :, 0].shape)}; expected [rows, "
-                    "tokens, channels]."
-                )
-            self.dtype = stored.dtype
-            expected = self._forward(batch)
-            features, *hidden_states = (x.contiguous() for x in stored.unbind(2))
-            with self._given(StoredPass(self.origin, features, hidden_states[0] if hidden_states else None)):
-                found = dict(_tensors(self._forward(batch)))
-        different = [name for name, x in _tensors(expected) if name in found and not _is_close(found[name], x)]
+        different = self._outputs_that_differ(batch, [row.features for row in computed])
         if different:
             raise ValueError(
                 f"With stored features {type(self.model).__name__} computes another {', '.join(different)}; expected "
                 "the same. It needs what the blocks below the feedback compute in between; leave `feedback_to` at 0."
             )
-        return self(rows)
+        return computed
+
+    def _outputs_that_differ(self, batch: dict[str, Any], rows: list[torch.Tensor]) -> list[str]:
+        """Which outputs of a batch are others when pass 1 does not run; those of padding, which nobody uses, may be.
+
+        Args:
+            batch: the arguments of the forward.
+            rows: what is stored of each. Shape: [n, k, d]
+        """
+        inputs = inputs_of(batch, self.input_names, len(rows))
+        mask = _mask_of(inputs)
+        features, *hidden_states = (x.contiguous() for x in padded(rows, inputs).unbind(2))
+        stored = StoredPass(self.origin, features, hidden_states[0] if hidden_states else None)
+        with torch.no_grad():
+            expected = self._forward(batch)
+            with self._given(stored):
+                found = dict(_tensors(self._forward(batch)))
+
+        def is_other(name: str, x: torch.Tensor) -> bool:
+            y = found[name]
+            if mask is not None and x.shape[:2] == mask.shape:
+                x, y = x[mask.to(x.device)], y[mask.to(y.device)]
+            return not _is_close(y, x)
+
+        return [name for name, x in _tensors(expected) if name in found and is_other(name, x)]
 
     def _check_frozen(self, batch: dict[str, Any]) -> None:
         trained = []
@@ -189,13 +210,16 @@ class FirstPass:
         Raises:
             ValueError: if they do.
         """
-        for alone, padded in zip([self([row])[0] for row in rows], self(rows), strict=True):
-            if alone.features.shape != padded.features.shape or not _is_close(padded.features, alone.features):
-                raise ValueError(
-                    f"The features that {type(self.model).__name__} computes of a row depend on its padding, which is "
-                    "another one in each batch; expected the same. Give `attention_mask` and pad on the right, or "
-                    "make all rows equally long."
-                )
+        if _mask_of(self._batch(rows[:1])) is None:  # then no batch has both, or its padding is taken for tokens
+            return
+        computed, alone = ([row.features for row in found] for found in (self(rows), [self([r])[0] for r in rows]))
+        depends = any(x.shape != y.shape or not _is_close(x, y) for x, y in zip(computed, alone, strict=True))
+        if depends or self._outputs_that_differ(self._batch(rows), computed):
+            raise ValueError(
+                f"What {type(self.model).__name__} computes of a row depends on its padding, which is another one in "
+                "each batch; expected the same. Give `attention_mask` and pad on the right, or make all rows equally "
+                "long."
+            )
 
     # ------------------------------------------------------------------------------------------------- telling apart
 
@@ -319,6 +343,22 @@ def _mask_of(inputs: Mapping[str, Any]) -> torch.Tensor | None:
     """The attention mask, if it has an entry for each token. Shape: [b, n]"""
     mask = inputs.get("attention_mask")
     return mask != 0 if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+
+
+def check_labels(batch: Mapping[str, Any], inputs: Mapping[str, Any], predicts_next_token: bool) -> None:
+    """Check that the loss does not depend on what is computed of padding, of which nothing is stored.
+
+    Raises:
+        ValueError: if padding is followed by a token with a label, which the loss compares with what padding gives.
+    """
+    labels, mask = batch.get("labels"), _mask_of(inputs)
+    if not predicts_next_token or labels is None or mask is None or labels.shape != mask.shape:
+        return
+    if (~mask[:, :-1] & mask[:, 1:] & (labels[:, 1:] != -100)).any():
+        raise ValueError(
+            "A row is padded on the left and its first token has a label, which the loss predicts from padding, of "
+            "which no features are stored; expected -100. Set it to that, or pad on the right."
+        )
 
 
 def own_tokens(inputs: Mapping[str, Any], num_rows: int, num_tokens: int) -> torch.Tensor:

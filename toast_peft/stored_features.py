@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from .core.stored_pass import STORED_INPUT
 from .feature_shards import FeatureShards, StoredRow
-from .first_pass import FirstPass, checksum, inputs_of, padded
+from .first_pass import FirstPass, check_labels, checksum, inputs_of, padded
 
 Collator = Callable[[list[dict[str, Any]]], Any]
 
@@ -77,7 +77,7 @@ def store_features(
         if rank == 0:
             distributed.barrier()
     first_pass.passes.accept_stored(first_pass.model, first_pass.origin)
-    return StoredFeatures(dataset, shards, data_collator, first_pass.input_names, first_pass.dtype)
+    return StoredFeatures(dataset, shards, first_pass)
 
 
 def _store(
@@ -133,24 +133,17 @@ class StoredFeatures(Dataset):
     Args:
         dataset: has the rows.
         shards: have what is stored of each.
-        data_collator: makes batches of the rows.
-        input_names: the inputs that the features depend on.
-        dtype: that of the features that the model computes.
+        first_pass: has computed that.
     """
 
-    def __init__(
-        self,
-        dataset: Any,
-        shards: FeatureShards,
-        data_collator: Collator,
-        input_names: tuple[str, ...],
-        dtype: torch.dtype,
-    ) -> None:
+    def __init__(self, dataset: Any, shards: FeatureShards, first_pass: FirstPass) -> None:
         self.dataset = dataset
         self.shards = shards
-        self.data_collator = data_collator
-        self.input_names = input_names
-        self.dtype = dtype
+        # Not the model: processes of a dataloader get a copy of all that is here.
+        self.data_collator = first_pass.data_collator
+        self.input_names = first_pass.input_names
+        self.predicts_next_token = first_pass.predicts_next_token
+        self.dtype = first_pass.dtype
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -166,8 +159,8 @@ class StoredFeatures(Dataset):
             rows: of this data set, all or none of them.
 
         Raises:
-            ValueError: if the inputs of a row are not those that its features were computed from, or if its tokens
-                cannot be told from padding.
+            ValueError: if the inputs of a row are not those that its features were computed from, if its tokens
+                cannot be told from padding, or if the loss would depend on padding.
         """
         stored = [row[STORED_INPUT] for row in rows if STORED_INPUT in row]
         batch = self.data_collator([{k: v for k, v in row.items() if k != STORED_INPUT} for row in rows])
@@ -176,6 +169,7 @@ class StoredFeatures(Dataset):
         if len(stored) < len(rows):
             raise ValueError(f"{len(stored)} of {len(rows)} rows have stored features; expected all or none.")
         inputs = inputs_of(batch, self.input_names, len(rows))
+        check_labels(batch, inputs, self.predicts_next_token)
         for position, (index, row) in enumerate(stored):
             if checksum(inputs, position) != row.checksum:
                 raise ValueError(_OTHER_INPUTS.format(row=index))
