@@ -38,8 +38,9 @@ def store_features(
 ) -> "StoredFeatures":
     """Run pass 1 over a data set and store what it computes; from then on `model` takes it as an input.
 
-    For training over several epochs without augmentation. A call that was interrupted goes on where it stopped, a
-    finished one opens what is there. `unload()` takes the input away from the model again.
+    For training over several epochs without augmentation. Call it before the Trainer makes its first dataloader. A call
+    that was interrupted goes on where it stopped, a finished one opens what is there. `unload()` takes the input away
+    from the model again.
 
     Args:
         model: has one TOAST adapter, which is active, on a transformer with one stack of blocks. Everything below the
@@ -127,6 +128,29 @@ _OTHER_INPUTS = (
 )
 
 
+class GivenRow:
+    """What is stored of a row, on its way from the data set to `collate`.
+
+    Args:
+        index: of the row.
+        stored: what is stored of it.
+    """
+
+    def __init__(self, index: int, stored: StoredRow) -> None:
+        self.index = index
+        self.stored = stored
+
+    # What another collator asks for to make a tensor of it.
+    def __len__(self) -> int:
+        raise ValueError(
+            "A batch of rows with stored features was made by another collator than that of the `StoredFeatures`; "
+            "give its own to the Trainer or the DataLoader, as in `data_collator=stored.collate`."
+        )
+
+    def __getitem__(self, index: int) -> None:
+        len(self)
+
+
 class StoredFeatures(Dataset):
     """A data set with the features of pass 1, made by [`store_features`].
 
@@ -150,7 +174,7 @@ class StoredFeatures(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = range(len(self))[index]
-        return {**self.dataset[index], STORED_INPUT: (index, self.shards[index])}
+        return {**self.dataset[index], STORED_INPUT: GivenRow(index, self.shards[index])}
 
     def collate(self, rows: list[dict[str, Any]]) -> Any:
         """A batch of rows with `topdown_features`; of rows of another data set, without.
@@ -162,7 +186,7 @@ class StoredFeatures(Dataset):
             ValueError: if the inputs of a row are not those that its features were computed from, if its tokens
                 cannot be told from padding, or if the loss would depend on padding.
         """
-        stored = [row[STORED_INPUT] for row in rows if STORED_INPUT in row]
+        stored: list[GivenRow] = [row[STORED_INPUT] for row in rows if STORED_INPUT in row]
         batch = self.data_collator([{k: v for k, v in row.items() if k != STORED_INPUT} for row in rows])
         if not stored:
             return batch
@@ -170,8 +194,8 @@ class StoredFeatures(Dataset):
             raise ValueError(f"{len(stored)} of {len(rows)} rows have stored features; expected all or none.")
         inputs = inputs_of(batch, self.input_names, len(rows))
         check_labels(batch, inputs, self.predicts_next_token)
-        for position, (index, row) in enumerate(stored):
-            if checksum(inputs, position) != row.checksum:
-                raise ValueError(_OTHER_INPUTS.format(row=index))
-        batch[STORED_INPUT] = padded([row.features for _, row in stored], inputs).to(self.dtype)
+        for position, given in enumerate(stored):
+            if checksum(inputs, position) != given.stored.checksum:
+                raise ValueError(_OTHER_INPUTS.format(row=given.index))
+        batch[STORED_INPUT] = padded([given.stored.features for given in stored], inputs).to(self.dtype)
         return batch

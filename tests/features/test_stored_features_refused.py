@@ -224,6 +224,8 @@ def test_other_pixels_are_refused(tmp_path: Path) -> None:
         stored.collate([stored[2], rows[0]])
     with pytest.raises(IndexError):
         stored[ROWS]
+    with pytest.raises(ValueError, match=r"data_collator=stored\.collate"):
+        tf.default_data_collator([stored[2], stored[4]])
 
 
 def test_a_frozen_adapter_below_that_is_switched_off_is_noticed(tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ around its blocks stay its own. In pass 1 the blocks from `feedback_from` on han
 blocks below `feedback_to` return what pass 1 computed, which is the same. Pass 1 runs without dropout (`dropout.py`);
 if there is any, these blocks run again in pass 2.
 
+What pass 1 computes may also have been stored (`stored_pass.py`). Then it does not run.
+
 The backbone and its blocks get another `forward`, the value projections hooks. Python state says which pass is
 running; it is kept per thread and restored when a forward ends, however it ends.
 """
