@@ -116,7 +116,7 @@ class FirstPass:
         with in_evaluation_mode(self.model.modules()):
             return self.model(**moved)
 
-    def _run(self, batch: dict[str, Any], *hooks: Any) -> torch.Tensor:
+    def _run(self, batch: dict[str, Any]) -> torch.Tensor:
         """Features and hidden states. Shape: [b, n, k, d]"""
         outputs: list[Any] = []
         with ExitStack() as stack:
@@ -202,7 +202,7 @@ class FirstPass:
             self.path.state.current.stored = None
 
     def check_padding(self, rows: Rows) -> None:
-        """Check that the features of a row do not depend on how far it is padded.
+        """Check that what the model computes of a row does not depend on how far it is padded.
 
         Args:
             rows: two of different lengths.
@@ -281,6 +281,11 @@ def _only_backbone(model: nn.Module) -> tuple[nn.Module, FeedbackPath]:
             f"Features of {name} cannot be stored, as its batch norms make those of a row depend on the other rows of "
             "the batch. Train without stored features."
         )
+    if any(parameter.device.type == "meta" for parameter in model.parameters()):
+        raise ValueError(
+            f"Weights of {type(model).__name__} are offloaded or not loaded; expected all in memory, as it is their "
+            "hash that tells features of this model from those of others. Store them where the model fits."
+        )
     return backbone, path
 
 
@@ -289,11 +294,6 @@ def _parts(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]
     if is_traceable_wrapper_subclass(tensor):
         for part in tensor.__tensor_flatten__()[0]:
             yield from _parts(f"{name}.{part}", getattr(tensor, part))
-    elif tensor.device.type == "meta":
-        raise ValueError(
-            f"The weights of {name} are offloaded; expected them in memory, as it is their hash that tells features "
-            "of this model from those of others."
-        )
     else:
         yield name, torch.Tensor.cpu(tensor)
 
@@ -391,7 +391,7 @@ def checksum(inputs: Mapping[str, Any], index: int) -> int:
         if mask is not None and value.shape[:2] == mask.shape:
             of_row = of_row[mask[index]]
         total = zlib.crc32(f"{name} {of_row.dtype} {list(of_row.shape)}".encode(), total)
-        total = zlib.crc32(of_row.contiguous().flatten().view(torch.uint8).numpy().data, total)
+        total = zlib.crc32(of_row.cpu().contiguous().flatten().view(torch.uint8).numpy().data, total)
     return total
 
 

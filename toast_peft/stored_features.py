@@ -38,9 +38,9 @@ def store_features(
 ) -> "StoredFeatures":
     """Run pass 1 over a data set and store what it computes; from then on `model` takes it as an input.
 
-    For training over several epochs without augmentation. Call it before the Trainer makes its first dataloader. A call
-    that was interrupted goes on where it stopped, a finished one opens what is there. `unload()` takes the input away
-    from the model again.
+    For training over several epochs without augmentation. Call it before the Trainer makes its first dataloader. A
+    call that was interrupted goes on where it stopped, a finished one opens what is there. `unload()` takes the input
+    away from the model again.
 
     Args:
         model: has one TOAST adapter, which is active, on a transformer with one stack of blocks. Everything below the

@@ -15,6 +15,7 @@ from transformers import Trainer, TrainingArguments
 from toast_peft import StoredFeatures, initialize_feedback, store_features
 
 from ..helpers import (
+    CACHE,
     adapted,
     blocks_of,
     counted_block_calls,
@@ -136,6 +137,14 @@ def test_half_precision_files_of_a_model_in_float32(model_class: type, tmp_path:
     torch.testing.assert_close(found["loss"], expected["loss"], rtol=1e-3, atol=1e-3)
 
 
+def test_no_cache_is_made(tmp_path: Path) -> None:
+    """That of pass 2 alone could be continued, with other keys and values."""
+    model = exact_model(tf.LlamaForCausalLM)
+    batch = all_of(store_features(model, rows_of(model), tmp_path))
+    assert model(**without(batch))[CACHE] is not None
+    assert model(**batch)[CACHE] is None
+
+
 def test_a_batch_without_features_runs_twice(tmp_path: Path) -> None:
     model = exact_model(tf.ViTForImageClassification)
     expected = output_of(model, inputs := without(all_of(store_features(model, rows_of(model), tmp_path))))
@@ -149,6 +158,7 @@ def test_disabled_adapter_ignores_them(tmp_path: Path) -> None:
     batch = all_of(store_features(model, rows_of(model), tmp_path))
     with model.disable_adapter():
         assert torch.equal(output_of(model, batch), output_of(model, without(batch)))
+    assert paths_of(model)[0].state.current.stored is None
 
 
 def test_initialisation_from_data_runs_pass_1(tmp_path: Path) -> None:

@@ -212,6 +212,13 @@ def test_refused_before_anything_is_stored(case: str, tmp_path: Path) -> None:
     assert not (tmp_path / "features").exists()
 
 
+def test_weights_that_are_not_in_memory_are_refused(tmp_path: Path) -> None:
+    model = only(_VIT)()
+    rows = rows_of(model)
+    with pytest.raises(ValueError, match="are offloaded or not loaded; expected all in memory"):
+        store_features(model.to("meta"), rows, tmp_path)
+
+
 def test_other_pixels_are_refused(tmp_path: Path) -> None:
     model = exact_model(tf.ViTForImageClassification)
     rows = rows_of(model)
