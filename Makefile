@@ -4,6 +4,7 @@
 # make test          lint, then run all tests and measure what they cover, with the versions of constraints.txt
 # make test-newest   run the tests that touch other packages, with the newest versions of these
 # make test-oldest   the same with exactly the oldest versions that setup.cfg declares
+# make bench         measure what TOAST costs next to the base model and LoRA, in about ten minutes
 # make docs          build the documentation into site/; make docs-serve shows it while it is written
 # make clean         remove what these have made
 #
@@ -16,6 +17,8 @@ PYTHON ?= python3
 OLDEST_PYTHON ?= $(PYTHON)
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 DEMO_ARGS ?=
+BENCH_ARGS ?= --models vit-small gpt2-768 llama-256 llama-768 --batch_size 2 \
+    --methods toast toast-fused toast-lite toast-lite-fused toast-lite-early toast-lite-late --output_file outputs/cost.json
 # -n auto: as many processes as there are cores.
 PYTEST ?= python -m pytest -n auto
 # `make test` counts the lines of the package that tests run; `make test COVERAGE=` is faster.
@@ -34,7 +37,7 @@ COMPATIBILITY_TESTS := tests/contract tests/families/test_transformers.py tests/
 PIP_INSTALL := pip install --quiet
 TORCH_INSTALL := $(PIP_INSTALL) --no-deps --timeout 15 --retries 1 --extra-index-url $(TORCH_INDEX)
 
-.PHONY: demo quick lint test test-newest test-oldest docs docs-serve clean
+.PHONY: demo quick lint test test-newest test-oldest bench docs docs-serve clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py $(DEMO_ARGS)
@@ -55,6 +58,9 @@ test-newest: .venv-newest/ready
 
 test-oldest: .venv-oldest/ready
 	.venv-oldest/bin/$(PYTEST) $(COMPATIBILITY_TESTS)
+
+bench: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python examples/benchmarks/cost.py $(BENCH_ARGS)
 
 docs: .venv/docs
 	$(BIN)/mkdocs build --strict

@@ -1,10 +1,15 @@
 """The tables of the benchmarks: what a comparison shows, and what `cost.py` prints."""
 
+import json
+from functools import partialmethod
+from pathlib import Path
+
 import cost
 import pandas as pd
 import pytest
 import tables
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
 
 
 def cells(markdown: str) -> list[list[str]]:
@@ -32,15 +37,27 @@ def test_a_table_has_means_and_deviations_of_the_tests_only() -> None:
 
 
 def test_costs_are_measured_next_to_the_base_model_and_lora(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:
     config = LlamaConfig(
         vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
     )
-    monkeypatch.setitem(cost.MODELS, "llama-30m", (LlamaForCausalLM, config))
-    cost.main(["--model", "llama-30m", "--rounds", "2", "--batch_size", "1", "--length", "4", "--methods", "toast"])
-    head, base, lora, toast = cells(capsys.readouterr().out)
-    assert head[2:-1] == ["forward / base", "training step / lora", "decoding / base", "activations kept, MB"]
-    assert base[1:-1] == ["base", "1.00", "-", "1.00", "-"]
-    assert (lora[1], lora[3], toast[1]) == ("lora", "1.00", "toast")
+    monkeypatch.setitem(cost.MODELS, "llama-256", (LlamaForCausalLM, config))
+    options = ["--models", "llama-256", "--rounds", "2", "--batch_size", "1", "--length", "4", "--methods", "toast"]
+    cost.main([*options, "toast-fused", "--output_file", str(tmp_path / "cost.json")])
+    head, base, lora, toast, fused = cells(capsys.readouterr().out)
+    assert head[2:5] == ["forward / base", "training step / lora", "decoding / base"]
+    assert head[5:-1] == ["FLOPs / base", "kernels / base", "activations kept, MB"]
+    assert [base[i] for i in (1, 3, 5, 6, 7)] == ["base", "-", "1.00", "1.00", "-"]
+    assert (lora[1], toast[1], fused[1], fused[3]) == ("lora", "toast", "toast-fused", "-")
     assert all(float(ratio) > 0 for ratio in toast[2:-2])
+    saved = json.loads((tmp_path / "cost.json").read_text(encoding="utf-8"))["models"]["llama-256"]
+    assert saved["toast"]["kernels / base"] > saved["toast-fused"]["kernels / base"] > 1.9
+
+
+def test_cost_of_a_compiled_model_that_has_not_run_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ViTConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32)
+    monkeypatch.setitem(cost.MODELS, "vit-small", (ViTForImageClassification, config))
+    # The graphs are what may break, not the code that is made of them.
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
+    cost.main(["--rounds", "1", "--batch_size", "1", "--methods", "toast-lite-late", "--compile_model"])

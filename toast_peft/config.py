@@ -52,6 +52,8 @@ class TopDownConfig(PeftConfig):
             plus a trained product of rank `r`.
         lora_alpha: the low-rank product is scaled by `lora_alpha / r`. The official code uses `lora_alpha=1`, `r=4`.
         lora_dropout: dropout on the input of the low-rank product.
+        transform_r: rank of the channel transform. 0 trains a full `d x d` matrix, which in TOAST-Lite is most of the
+            adapter; above 0 it is the identity plus a product of that rank.
         feedback_from: the feedback starts from the output of block `feedback_from - 1`; later blocks run only in the
             second pass. A block index (in a ConvNet, of a stage), or a fraction of the depth as a float. Default: the
             last block.
@@ -106,6 +108,10 @@ class TopDownConfig(PeftConfig):
     r: int = field(default=0, metadata={"help": "Rank of the feedback layers; 0 trains full matrices, > 0 is Lite."})
     lora_alpha: float = field(default=8, metadata={"help": "Lite: the low-rank product is scaled by lora_alpha / r."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Lite: dropout on the input of the low-rank product."})
+    transform_r: int = field(
+        default=0,
+        metadata={"help": "Rank of the channel transform; 0 trains a full matrix, > 0 the identity plus a product."},
+    )
     feedback_from: int | float | None = field(
         default=None,
         metadata={

@@ -54,6 +54,7 @@ _EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "r": ("0 (full feedback layers) or a positive rank (Lite)", _not_negative),
     "lora_alpha": ("a positive number", _positive),
     "lora_dropout": ("a probability in [0, 1)", lambda value: 0 <= value < 1),
+    "transform_r": ("0 (a full matrix) or a positive rank", _not_negative),
     "feedback_from": _BLOCK,
     "feedback_to": _BLOCK,
     "trainable_parts": (f"at least one of {list(TRAINABLE_PARTS)}", _are_parts),

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from .config import TopDownConfig
 from .core.dropout import in_evaluation_mode
+from .core.fused_feedback import refuse_fused
 from .core.layers import FeedbackPath, feedback_paths, hidden_states_of, weight_of
 from .core.stored_pass import STORED_INPUT
 
@@ -174,8 +175,8 @@ def initialize_feedback(
         ridge: how much each `linear1` is held at the identity, relative to the mean square of the block's output.
 
     Raises:
-        ValueError: if the model has no such active adapter, if the dataloader gives no dicts or no tokens, or if the
-            hidden states are not finite or all zero. The adapter is unchanged then.
+        ValueError: if the model has no such active adapter or its feedback is fused, if the dataloader gives no dicts
+            or no tokens, or if the hidden states are not finite or all zero. The adapter is unchanged then.
 
     Example:
 
@@ -188,6 +189,7 @@ def initialize_feedback(
     if not backbones or any(path.active_adapter != adapter_name for _, path in backbones):
         active = sorted({str(path.active_adapter) for _, path in backbones}) or "none"
         raise ValueError(f"`adapter_name` is {adapter_name!r}; expected the active TOAST adapter, which is {active}.")
+    refuse_fused(model, "initialise it")
     statistics = [Statistics(backbone, path, adapter_name) for backbone, path in backbones]
     collect(model, dataloader, statistics)
     for collected in statistics:

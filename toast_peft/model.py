@@ -15,6 +15,7 @@ from torch import nn
 from .base_feedback import copy_weights, is_in_base_feedback, load_base_feedback
 from .callback import feedback_statistics
 from .config import TopDownConfig
+from .core.fused_feedback import fuse, refuse_fused, unfuse
 from .core.layers import feedback_path_of, feedback_paths
 from .core.stack import Stack, remove_feedback_path
 from .core.topdown_layer import NO_MERGE, TopDownLayer, belongs_to
@@ -60,6 +61,7 @@ class TopDownModel(BaseTuner):
         """
         load = self._begin_load(adapter_name)
         with restored_on_failure(load.before):
+            refuse_fused(model, "add an adapter")
             weights = read_weights(self._config_of(adapter_name))
             _drop_adapter(model, adapter_name)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -179,10 +181,48 @@ class TopDownModel(BaseTuner):
         """The share of open tokens and the mean mask of the last forward, see [`feedback_statistics`]."""
         return feedback_statistics(self.model)
 
+    # ---------------------------------------------------------------------------------------------------- inference
+
+    def fuse_feedback(self) -> None:
+        """Make the feedback of the active adapter fast for inference; outputs stay the same but for rounding.
+
+        The feedback path is linear, so that one matrix (in TOAST-Lite two) gives the feedback of all blocks. Where all
+        value projections are plain linear layers their weights are folded in as well. The weights of the adapter stay
+        beside these matrices, and are what is saved. `disable_adapter()` works as before.
+
+        Fused feedback is for this adapter as it is. To train, to load or change weights, or to switch, add or delete
+        adapters, call `unfuse_feedback()` first; until then these are errors.
+
+        Raises:
+            ValueError: if no adapter is active, or feedback is fused already.
+            NotImplementedError: for ConvNets and hierarchical transformers, and if the adapter is offloaded or
+                sharded.
+        """
+        fuse(self.model)
+
+    def unfuse_feedback(self) -> None:
+        """Undo `fuse_feedback()`, bit for bit. Where nothing is fused it does nothing."""
+        unfuse(self.model)
+
     # --------------------------------------------------------------------------------------- switching and removing
 
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make an adapter the active one.
+
+        Raises:
+            ValueError: if the feedback of another one is fused, or if several are named.
+        """
+        if adapter_name not in (self.active_adapter, self.active_adapters):
+            refuse_fused(self.model, "switch adapters")
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter. If it was active, the first of the others becomes active."""
+        """Delete an adapter. If it was active, the first of the others becomes active.
+
+        Raises:
+            ValueError: if its feedback is fused, or if there is none of that name.
+        """
+        refuse_fused(self.model, "delete it", adapter_name)
         super().delete_adapter(adapter_name)
         # Each layer chose a new active adapter among those it has itself; make them agree.
         if self.active_adapter:
@@ -232,6 +272,7 @@ class TopDownModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(  # type: ignore[override]  # it gets configs of ours only
         cls, model: nn.Module, config: TopDownConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
+        refuse_fused(model, "load other weights", adapter_name)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         loads: dict[str, Load] = getattr(model.base_model, "_loads", {}) if isinstance(model, PeftModel) else {}
         configs: dict[str, PeftConfig] = getattr(model, "peft_config", {})

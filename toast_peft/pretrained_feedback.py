@@ -203,7 +203,7 @@ def _described(config: TopDownConfig) -> str:
     if isinstance(config.num_blocks, int):
         first, last = config.feedback_range(config.num_blocks)
         ranges = f"feedback from block {first} to {last}"
-    return f"r={config.r}, {ranges}"
+    return f"r={config.r}, transform_r={config.transform_r}, {ranges}"
 
 
 def _check_fits(saved: TopDownConfig, config: TopDownConfig) -> None:

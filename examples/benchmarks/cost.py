@@ -1,17 +1,22 @@
-"""What fine-tuning methods cost next to the frozen base model and LoRA: time and memory, measured side by side.
+"""What fine-tuning methods cost next to the frozen base model and LoRA: time, operations and memory, side by side.
 
-    python examples/benchmarks/cost.py --model vit-small
-    python examples/benchmarks/cost.py --model llama-1b --device cuda --dtype bfloat16 --compile_model
+    python examples/benchmarks/cost.py --models vit-small llama-768
+    python examples/benchmarks/cost.py --models llama-1b --device cuda --dtype bfloat16 --compile_model
 
-The models are made from configs with random weights; what they compute does not matter here. Every round measures each
-method once, one after the other, and the table shows medians over the rounds of the ratio to the base model (forward
-and decoding) or to LoRA (training step), so that a noisy machine slows all of them alike.
+The models are made from configs with random weights; what they compute does not matter here. Each method is measured
+right after what it is compared with, the base model (forward and decoding) or LoRA (training step), and the table has
+the medians of these ratios over the rounds, so that a noisy machine slows both alike. `toast-fused` is `toast` with
+fused feedback, which is for inference.
 """
 
 import argparse
+import copy
+import itertools
+import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -19,41 +24,44 @@ import torch
 from methods import METHODS, apply_method
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
     HfArgumentParser,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedConfig,
     StaticCache,
     ViTConfig,
     ViTForImageClassification,
 )
 
 Inputs = dict[str, Any]
+FUSED = "-fused"
+
+
+def _vit(size: int, heads: int) -> tuple[type[nn.Module], PreTrainedConfig]:
+    shape = {"hidden_size": size, "num_attention_heads": heads, "intermediate_size": 4 * size}
+    return ViTForImageClassification, ViTConfig(**shape)
+
+
+def _llama(size: int, layers: int, heads: int, key_value_heads: int) -> tuple[type[nn.Module], PreTrainedConfig]:
+    shape = {"hidden_size": size, "num_hidden_layers": layers, "intermediate_size": 8 * size // 3}
+    groups = {"num_attention_heads": heads, "num_key_value_heads": key_value_heads}
+    return LlamaForCausalLM, LlamaConfig(vocab_size=8192, **shape, **groups)
+
+
 MODELS = {
-    "vit-small": (
-        ViTForImageClassification,
-        ViTConfig(hidden_size=384, num_attention_heads=6, intermediate_size=1536),
-    ),
-    "vit-base": (ViTForImageClassification, ViTConfig()),
-    "llama-30m": (
-        LlamaForCausalLM,
-        LlamaConfig(
-            vocab_size=8192, hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8
-        ),
-    ),
-    "llama-1b": (
-        LlamaForCausalLM,
-        LlamaConfig(
-            vocab_size=32000,
-            hidden_size=2048,
-            intermediate_size=8192,
-            num_hidden_layers=16,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-        ),
-    ),
+    "vit-small": _vit(384, 6),
+    "vit-base": _vit(768, 12),
+    "gpt2-768": (GPT2LMHeadModel, GPT2Config(vocab_size=8192)),  # queries, keys and values in one projection
+    "llama-256": _llama(256, layers=12, heads=4, key_value_heads=2),
+    "llama-768": _llama(768, layers=12, heads=12, key_value_heads=4),
+    "llama-1b": _llama(2048, layers=16, heads=32, key_value_heads=8),
+    "llama-3b": _llama(3072, layers=28, heads=24, key_value_heads=8),
 }
 
 
@@ -65,12 +73,15 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 class Arguments:
     """What to measure."""
 
-    model: str = field(default="vit-small", metadata={"help": "The model's shape.", "choices": list(MODELS)})
+    models: list[str] = field(
+        default_factory=lambda: ["vit-small"], metadata={"help": "The models' shapes.", "choices": list(MODELS)}
+    )
     methods: list[str] = field(
         default_factory=lambda: ["toast", "toast-lite", "toast-lite-early", "toast-lite-late"],
         metadata={
-            "help": "Methods of `methods.py`, besides the base model and LoRA.",
-            "choices": [name for name, method in METHODS.items() if method.config],
+            "help": f"Methods of `methods.py` besides LoRA, those of TOAST also with {FUSED!r} at the end.",
+            "choices": [name for name, method in METHODS.items() if method.config]
+            + [name + FUSED for name in METHODS if name.startswith("toast")],
         },
     )
     device: str = field(default="cpu", metadata={"help": "Device to measure on."})
@@ -79,29 +90,33 @@ class Arguments:
     length: int = field(default=128, metadata={"help": "Tokens in a sentence."})
     rounds: int = field(default=7, metadata={"help": "How often each method is measured."})
     compile_model: bool = field(default=False, metadata={"help": "Measure after torch.compile."})
+    output_file: str | None = field(default=None, metadata={"help": "JSON file for the tables."})
 
 
-def make_model(arguments: Arguments, method: str) -> nn.Module:
+def make_model(arguments: Arguments, shape: str, method: str) -> nn.Module:
     """The base model, adapted with a method unless this is "base"."""
     torch.manual_seed(0)
-    model_class, config = MODELS[arguments.model]
-    model = model_class(config).to(arguments.device, getattr(torch, arguments.dtype)).requires_grad_(False)
+    model_class, config = MODELS[shape]
+    model = model_class(copy.deepcopy(config)).to(arguments.device, getattr(torch, arguments.dtype))
+    model = model.requires_grad_(False)
     if method != "base":
-        model = apply_method(model, method)
+        model = apply_method(model, method.removesuffix(FUSED))
+    if method.endswith(FUSED):
+        model.eval().fuse_feedback()
     if arguments.compile_model:
         model.compile()
     return model
 
 
-def make_inputs(arguments: Arguments) -> Inputs:
+def make_inputs(arguments: Arguments, shape: str) -> Inputs:
     """A random batch with labels."""
-    model_class, config = MODELS[arguments.model]
-    shape, device = (arguments.batch_size, arguments.length), arguments.device
+    model_class, config = MODELS[shape]
+    size, device = (arguments.batch_size, arguments.length), arguments.device
     if model_class.main_input_name == "pixel_values":
-        size, dtype = config.image_size, getattr(torch, arguments.dtype)
-        images = torch.randn(arguments.batch_size, 3, size, size, device=device, dtype=dtype)
-        return {"pixel_values": images, "labels": torch.zeros(shape[:1], dtype=torch.long, device=device)}
-    ids = torch.randint(0, config.vocab_size, shape, device=device)
+        shape_of_images = (arguments.batch_size, 3, config.image_size, config.image_size)
+        images = torch.randn(shape_of_images, device=device, dtype=getattr(torch, arguments.dtype))
+        return {"pixel_values": images, "labels": torch.zeros(size[:1], dtype=torch.long, device=device)}
+    ids = torch.randint(0, config.vocab_size, size, device=device)
     return {"input_ids": ids, "labels": ids, "use_cache": False}
 
 
@@ -173,47 +188,90 @@ def training_step_cost(model: nn.Module, inputs: Inputs) -> dict[str, float]:
     }
 
 
-def measure(arguments: Arguments) -> pd.DataFrame:
+class Kernels(TorchDispatchMode):
+    """Counts the operations that compute something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        self.number += not (func.is_view or func.overloadpacket is torch.ops.aten._unsafe_view)
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def forward_operations(model: nn.Module, inputs: Inputs) -> dict[str, int]:
+    """Floating-point operations and kernels of a forward in eval mode."""
+    model.eval()
+    with Kernels() as kernels:
+        model(**inputs)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(**inputs)
+    return {"FLOPs": counter.get_total_flops(), "kernels": kernels.number}
+
+
+def measure(arguments: Arguments, shape: str) -> pd.DataFrame:
     """All methods in rounds; the first round warms up and does not count.
+
+    Args:
+        arguments: those of the command line.
+        shape: one of `MODELS`.
 
     Returns:
         One row for each method, of ratios (medians over the rounds) and megabytes.
     """
-    models = {name: make_model(arguments, name) for name in dict.fromkeys(["base", "lora", *arguments.methods])}
-    inputs, device = make_inputs(arguments), arguments.device
-    timers = {"forward": forward_time, "training step": training_time, "decoding": decoding_time}
-    if "input_ids" not in inputs:
-        del timers["decoding"]
-    times = []
-    for round_index in tqdm(range(arguments.rounds + 1), desc="rounds"):
-        for method, model in models.items():
-            for name, timer in timers.items():
-                if (method, name) != ("base", "training step"):
-                    times.append((round_index, method, name, timer(model, inputs, device)))
-    frame = pd.DataFrame(times, columns=["round", "method", "what", "seconds"]).query("round > 0")
-    taken = frame.pivot(index="round", columns=["what", "method"], values="seconds")
-    table = pd.DataFrame(index=list(models))
-    for name in timers:
-        reference = "lora" if name == "training step" else "base"
-        table[f"{name} / {reference}"] = taken[name].div(taken[name][reference], axis=0).median()
+    models = {name: make_model(arguments, shape, name) for name in dict.fromkeys(["base", "lora", *arguments.methods])}
+    inputs = make_inputs(arguments, shape)
+    table = times(models, inputs, arguments)
     if not arguments.compile_model:
-        megabytes = {name: activation_megabytes(model, inputs) for name, model in models.items() if name != "base"}
+        operations = pd.DataFrame({name: forward_operations(model, inputs) for name, model in models.items()}).T
+        table[["FLOPs / base", "kernels / base"]] = operations / operations.loc["base"]
+        megabytes = {name: activation_megabytes(model, inputs) for name, model in models.items() if is_trained(name)}
         table["activations kept, MB"] = pd.Series(megabytes)
     return table
 
 
+def is_trained(method: str) -> bool:
+    """Whether there is a training step to measure."""
+    return method != "base" and not method.endswith(FUSED)
+
+
+def times(models: dict[str, nn.Module], inputs: Inputs, arguments: Arguments) -> pd.DataFrame:
+    """Ratios of times, each of two calls one right after the other."""
+    timers: dict[str, Callable] = {"forward / base": forward_time, "training step / lora": training_time}
+    if "input_ids" in inputs:
+        timers["decoding / base"] = decoding_time
+    ratios = []
+    for round_index in tqdm(range(arguments.rounds + 1), desc="rounds"):
+        for method, (name, timer) in itertools.product(models, timers.items()):
+            if timer is training_time and not is_trained(method):
+                continue
+            compared = models[name.rpartition(" / ")[2]]
+            expected, found = (timer(model, inputs, arguments.device) for model in (compared, models[method]))
+            ratios.append((round_index, method, name, found / expected))
+    frame = pd.DataFrame(ratios, columns=["round", "method", "what", "ratio"]).query("round > 0")
+    return frame.groupby(["method", "what"])["ratio"].median().unstack().loc[list(models), list(timers)]
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Measure and print the table.
+    """Measure and print the tables.
 
     Args:
         arguments: as on the command line.
     """
     parser = HfArgumentParser(Arguments, description=__doc__, formatter_class=HelpFormatter)
     [parsed] = parser.parse_args_into_dataclasses(arguments)
-    table = measure(parsed)
-    print(f"\n{parsed.model}, {parsed.device}, {parsed.dtype}, median of {parsed.rounds} rounds\n")
-    formats = ["", *(".0f" if column.endswith("MB") else ".2f" for column in table)]
-    print(table.astype(object).where(table.notna(), None).to_markdown(floatfmt=formats, missingval="-"))
+    results = {}
+    for shape in parsed.models:
+        table = measure(parsed, shape)
+        results[shape] = table.to_dict(orient="index")
+        print(f"\n{shape}, {parsed.device}, {parsed.dtype}, median of {parsed.rounds} rounds\n")
+        formats = ["", *(".0f" if column.endswith("MB") else ".2f" for column in table)]
+        print(table.astype(object).where(table.notna(), None).to_markdown(floatfmt=formats, missingval="-"))
+    if parsed.output_file:
+        described = {"arguments": asdict(parsed), "torch": torch.__version__, "threads": torch.get_num_threads()}
+        Path(parsed.output_file).write_text(json.dumps(described | {"models": results}, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

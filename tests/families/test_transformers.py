@@ -8,7 +8,7 @@ import transformers as tf
 from torch import nn
 from torch.nn import functional as F
 
-from ..helpers import CACHE, adapted, loss_of, output_of, paths_of, steer, steered
+from ..helpers import CACHE, adapted, gradients, loss_of, output_of, paths_of, steer, steered
 from ..zoo import OTHERS, RANGES, VISION_TOWERS, add_noise, inputs_of, tiny_model
 
 # Their value projections compute queries and keys as well.
@@ -83,6 +83,43 @@ def test_double_bias_of_a_fused_projection_is_that_of_the_values(model_class: ty
     bias = projection.bias.unflatten(0, (parts, 3, -1)).clone()
     bias[:, :2] = 0
     torch.testing.assert_close(outputs[1], plain + bias.flatten())
+
+
+@pytest.mark.parametrize("double_value_bias", [False, True])
+@pytest.mark.parametrize("model_class", FUSED)
+def test_plain_fused_projection_computes_what_running_it_again_does(
+    model_class: type, double_value_bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rows of values are enough, unless something else hangs on it."""
+    losses, found, calls = [], [], []
+    for is_watched in (False, True):
+        model = steered(tiny_model(model_class).double(), double_value_bias=double_value_bias)
+        [path] = paths_of(model)
+        projection = path.layers["0"].value_projection
+        if is_watched:
+            for layer in path.layers.values():
+                layer.value_projection.register_forward_hook(lambda module, args, output: None)
+        with monkeypatch.context() as patch:
+            called = patch_calls(patch, projection)
+            losses.append(loss_of(model))
+        losses[-1].backward()
+        found.append(gradients(model))
+        calls.append(len(called))
+    assert calls == [2, 3 + double_value_bias]  # pass 1, pass 2; again on h + td, and for the bias on zeros
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
+
+
+def patch_calls(patch: pytest.MonkeyPatch, module: nn.Module) -> list[nn.Module]:
+    """Notes the calls of a module without hanging anything on it."""
+    called, forward = [], type(module).forward
+
+    def note(self: nn.Module, *args: torch.Tensor) -> torch.Tensor:
+        called.extend([self] * (self is module))
+        return forward(self, *args)
+
+    patch.setattr(type(module), "forward", note)
+    return called
 
 
 def is_attention_of(module: nn.Module, value_projection: nn.Module) -> bool:

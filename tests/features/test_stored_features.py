@@ -161,6 +161,15 @@ def test_disabled_adapter_ignores_them(tmp_path: Path) -> None:
     assert paths_of(model)[0].state.current.stored is None
 
 
+@pytest.mark.parametrize("model_class", VIT_AND_LLAMA)
+def test_fused_feedback(model_class: type, tmp_path: Path) -> None:
+    model = exact_model(model_class, feedback_to=2).eval()
+    batch = all_of(store_features(model, rows_of(model), tmp_path))
+    expected = output_of(model, without(batch))
+    model.fuse_feedback()
+    torch.testing.assert_close(output_of(model, batch), expected, rtol=0, atol=1e-10)
+
+
 def test_initialisation_from_data_runs_pass_1(tmp_path: Path) -> None:
     model = adapted(tiny_model(tf.ViTForImageClassification))
     copied = copy.deepcopy(model)

@@ -247,7 +247,7 @@ AROUND_IT = [
         "finding: a fused projection of an unknown order",
         "if fused and not (architecture and architecture.fused):",
         "if False:",
-        "features/test_errors.py -k projections_of_more",
+        "features/test_errors.py -k projection_of_more_than_values",
     ),
     Mutant(
         "finding: `layers_to_transform` is not asked",

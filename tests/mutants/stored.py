@@ -21,7 +21,7 @@ OF_STORED_FEATURES = [
     ),
     Mutant(
         "stored: the norm that the features pass is trained",
-        "return norm_is_trained or self._first",
+        "return (norm is not None and is_trained(norm)) or self._first",
         "return self._first",
         f"{REFUSED}'refused_before and norm'",
     ),

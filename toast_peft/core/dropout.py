@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .module_tree import modules_inside
 from .value_projection import input_size
 
 # Parts of the names that transformers gives to what is random in training: `attn_pdrop`, `layerdrop`,
@@ -25,9 +26,9 @@ def has_dropout(backbone: nn.Module) -> bool:
     """Whether a pass over the backbone in its present mode is random; what is in the feedback path is in neither."""
     if not backbone.training:
         return False
-    modules = [module for name, module in backbone.named_modules() if not name.startswith("feedback_path.")]
-    if any(isinstance(module, _DropoutNd) and module.p > 0 for module in modules):
-        return True
+    for module in modules_inside(backbone, without=(backbone._modules.get("feedback_path"),)):
+        if isinstance(module, _DropoutNd) and module.p > 0:
+            return True
     # Attention, blocks and backbones call functions with a rate that they have from the config.
     config = getattr(backbone, "config", None)
     if config is None:
@@ -67,7 +68,7 @@ def dropout_off(*roots: nn.Module, checkpointed: bool = False) -> Iterator[None]
         checkpointed: leave out blocks with gradient checkpointing, which is a matter of training mode as well; their
             checkpointed calls switch dropout off themselves.
     """
-    modules = [module for root in roots for module in root.modules() if not isinstance(module, _NormBase)]
+    modules = [module for root in roots for module in modules_inside(root) if not isinstance(module, _NormBase)]
     if checkpointed:
         modules = [m for m in modules if not (isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing)]
     with in_evaluation_mode(modules):

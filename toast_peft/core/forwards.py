@@ -28,6 +28,7 @@ from .cache import CacheOwner, TwoPassCache, cache_argument, cache_parameter, re
 from .checkpoint import CheckpointWithFeedback, unwrap_checkpoint, wrap_checkpoint
 from .dropout import has_dropout, pass_without_dropout
 from .layers import FeedbackPath, hidden_states_of
+from .module_tree import is_trained
 from .recording import RecordingPaused, is_recording
 from .replaced_forward import ReplacedForward
 from .run import SINGLE_PASS, Run
@@ -174,6 +175,9 @@ class BackboneForward(ReplacedForward):
     def _run_twice(self, adapter_name: str, kwargs: dict[str, Any]) -> Any:
         config = self.path.selection.topdown_config[adapter_name]
         run = self._new_run(config, kwargs)
+        if self.path.fused is not None:
+            self.path.fused.check(adapter_name, self.module.training)
+            run.of_values = self.path.fused.of_values
         if self.module.training and config.variational_weight > 0:
             run.reconstruction = Reconstruction(self.path, adapter_name, padding_to_leave_out(config, kwargs))
         stored, self.state.current.stored = self.state.current.stored, None
@@ -281,14 +285,12 @@ class BackboneForward(ReplacedForward):
         """Whether the features of pass 1, before a norm, depend on something that wants a gradient."""
         if any(isinstance(value, torch.Tensor) and value.requires_grad for value in kwargs.values()):
             return True
-        unused = {self.path, self.final_norm, *list(self.blocks)[feedback_from:]}
-        return any(parameter.requires_grad for parameter in _parameters_outside(self.module, unused))
+        return is_trained(self.module, without={self.path, self.final_norm, *list(self.blocks)[feedback_from:]})
 
     def features_are_trained(self, origin: Origin, kwargs: dict[str, Any]) -> bool:
         """Whether the features that the feedback starts from depend on something that wants a gradient."""
         norm = self.final_norm if origin.normalize_features else None
-        norm_is_trained = norm is not None and any(parameter.requires_grad for parameter in norm.parameters())
-        return norm_is_trained or self._first_pass_is_trained(origin.feedback_from, kwargs)
+        return (norm is not None and is_trained(norm)) or self._first_pass_is_trained(origin.feedback_from, kwargs)
 
     def _features(self, run: Run, config: TopDownConfig) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What the feedback starts from, and what the prompt is compared with if that is something else."""
@@ -301,13 +303,6 @@ class BackboneForward(ReplacedForward):
 
     def _normalizes(self, run: Run, config: TopDownConfig) -> bool:
         return self.normalize_features if config.normalize_features is None else config.normalize_features
-
-
-def _parameters_outside(module: nn.Module, excluded: set[nn.Module | None]) -> Any:
-    yield from module.parameters(recurse=False)
-    for child in module.children():
-        if child not in excluded:
-            yield from _parameters_outside(child, excluded)
 
 
 class TwoPasses:

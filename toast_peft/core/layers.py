@@ -16,12 +16,14 @@ from torch.nn import functional as F
 
 from ..config import TopDownConfig
 from .feedback import low_rank, select, step_down, token_mask
+from .module_tree import device_of
 from .run import ThreadState
 from .topdown_layer import AdapterIdentity, TopDownLayer
 from .value_projection import input_size
 
 if TYPE_CHECKING:
     from .forwards import TwoPasses
+    from .fused_feedback import FusedFeedback
 
 
 class Prompt(nn.Module):
@@ -78,17 +80,23 @@ class Transform(nn.Module):
 class FeatureSelection(TopDownLayer):
     """Keeps what matters for the task in the features of pass 1 (the paper's "feature selection").
 
-    Formula: `m = clamp(cos(x, prompt), 0, 1)`, `z = (m * x) @ transform`.
+    Formula: `m = clamp(cos(x, prompt), 0, 1)`, `z = (m * x) @ transform`. With `transform_r > 0` the transform is
+    `1 + B A`, of which only `A` and `B` are stored.
     """
 
-    adapter_layer_names = ("topdown_prompt", "topdown_transform")
+    adapter_layer_names = ("topdown_prompt", "topdown_transform", "topdown_transform_A", "topdown_transform_B")
     other_param_names = ("topdown_config", "topdown_identity")
-    parts: ClassVar = {"prompt": "prompt", "transform": "transform"}
+    parts: ClassVar = {
+        "prompt": "prompt",
+        **dict.fromkeys(["transform", "transform_A", "transform_B"], "transform"),
+    }
 
     def __init__(self, value_projection: nn.Module) -> None:
         super().__init__(value_projection)
         self.topdown_prompt = nn.ModuleDict()
         self.topdown_transform = nn.ModuleDict()
+        self.topdown_transform_A = nn.ModuleDict()
+        self.topdown_transform_B = nn.ModuleDict()
         self.topdown_config: dict[str, TopDownConfig] = {}
         self.topdown_identity: dict[str, AdapterIdentity] = {}
         self.state = ThreadState()
@@ -98,11 +106,16 @@ class FeatureSelection(TopDownLayer):
         self.topdown_config[adapter_name] = config
         self.topdown_identity[adapter_name] = AdapterIdentity()
         self.topdown_prompt[adapter_name] = Prompt(hidden_size, std=0.02 if config.init_weights else 1.0)
-        self.topdown_transform[adapter_name] = Transform(hidden_size)
+        if config.transform_r == 0:
+            self.topdown_transform[adapter_name] = Transform(hidden_size)
+        else:
+            self.topdown_transform_A[adapter_name] = nn.Linear(hidden_size, config.transform_r, bias=False)
+            self.topdown_transform_B[adapter_name] = nn.Linear(config.transform_r, hidden_size, bias=False)
+            nn.init.zeros_(weight_of(self.topdown_transform_B[adapter_name]))
         self._finish_update(adapter_name, config)
 
     def forward(self, features: torch.Tensor, adapter_name: str, compared: torch.Tensor | None = None) -> torch.Tensor:
-        """Select tokens, then channels, and keep the mask for whoever wants to look at it.
+        """Select tokens, then channels.
 
         Args:
             features: features of pass 1. Shape: [b, n, d]
@@ -111,14 +124,33 @@ class FeatureSelection(TopDownLayer):
         Returns:
             What the feedback path starts from. Shape: [b, n, d]
         """
-        transform = self.topdown_transform[adapter_name]
-        dtype = weight_of(transform).dtype
+        features, mask = self.weigh(features, adapter_name, compared)
+        return select(features, mask, lambda x: self._transform(x, adapter_name))
+
+    def weigh(
+        self, features: torch.Tensor, adapter_name: str, compared: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute the mask of the tokens, and keep it for whoever wants to look at it.
+
+        Args:
+            features: features of pass 1. Shape: [b, n, d]
+            compared: what the prompt is compared with, if not the features themselves. Shape: [b, n, d]
+
+        Returns:
+            The features in the dtype of the adapter, and the mask. Shapes: [b, n, d], [b, n, 1]
+        """
+        dtype = weight_of(self.topdown_prompt[adapter_name]).dtype
         features = self._cast_input_dtype(features, dtype)
         compared = features if compared is None else self._cast_input_dtype(compared, dtype)
         mask = self.topdown_prompt[adapter_name](compared)
         if not torch.compiler.is_exporting():  # traced with tensors that hold no numbers
             self.state.current.mask = mask.detach()
-        return select(features, mask, transform)
+        return features, mask
+
+    def _transform(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        if adapter_name in self.topdown_transform:
+            return self.topdown_transform[adapter_name](x)
+        return x + self.topdown_transform_B[adapter_name](self.topdown_transform_A[adapter_name](x))
 
 
 class FeedbackLayer(TopDownLayer):
@@ -269,7 +301,8 @@ class FeedbackLayer(TopDownLayer):
 
     def _low_rank(self, name: str, z: torch.Tensor, adapter_name: str) -> torch.Tensor:
         a, b = getattr(self, f"{name}_A")[adapter_name], getattr(self, f"{name}_B")[adapter_name]
-        return low_rank(self.topdown_dropout[adapter_name](z), a, b, self.topdown_scaling[adapter_name])
+        dropout = cast(nn.Dropout, self.topdown_dropout[adapter_name])
+        return low_rank(dropout(z) if dropout.p > 0 else z, a, b, self.topdown_scaling[adapter_name])
 
     def _arrange(self, z: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
         """The output of `linear1` in the shape of the block's input, which here it has."""
@@ -287,15 +320,18 @@ class FeedbackPath(nn.Module):
 
     Attributes:
         passes: what runs the backbone twice and hands the feedback to its blocks.
+        fused: computes the feedback of all blocks at once, `None` where it is not fused.
     """
 
     passes: "TwoPasses"
+    fused: "FusedFeedback | None"
     keeps_shape: ClassVar[bool] = True  # whether each `linear1` is a matrix from the block's output to its input
 
     def __init__(self, value_projection: nn.Module) -> None:
         super().__init__()
         self.selection = FeatureSelection(value_projection)
         self.layers = nn.ModuleDict()
+        self.register_module("fused", None)
 
     @property
     def state(self) -> ThreadState:
@@ -366,10 +402,13 @@ class FeedbackPath(nn.Module):
             sizes: for each block the height and width of its input, where it is a map.
 
         Returns:
-            For each block index what is added to the input of its value projection. Shape: as that
+            For each block index what is added to the input of its value projection; of fused feedback perhaps to its
+            output. Shape: as that
         """
         features = to_device_of(self.selection, features)
         compared = None if compared is None else to_device_of(self.selection, compared)
+        if self.fused is not None:
+            return self.fused(*self.selection.weigh(features, adapter_name, compared))
         z = self._select(features, adapter_name, compared)
         feedback = {}
         for index, layer in self.layers_of(adapter_name):
@@ -405,7 +444,7 @@ def to_device_of(module: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
     Raises:
         RuntimeError: if the module has no weights, as after a failed load with `low_cpu_mem_usage`.
     """
-    device = next(module.parameters()).device
+    device = device_of(module)
     if device.type != "meta":
         return tensor.to(device)
     is_offloaded = any(hasattr(part, "_hf_hook") for part in module.modules())  # its own hook will fetch the weights

@@ -27,6 +27,7 @@ class Run:
         outputs: what the blocks below `feedback_to` returned in pass 1.
         last_output: what the last block that ran in pass 1 returned.
         feedback: for each block index what its value projection adds in pass 2.
+        of_values: whether that is added to the values, and not to the input that they are computed from.
         reconstruction: compares inputs of blocks with what `linear1` makes of their outputs, if that is wanted.
         input_sizes: where feedback is a map, for each block or stage the height and width of its input.
         inputs: in a ConvNet, for each stage its input in pass 2, without the feedback.
@@ -42,6 +43,7 @@ class Run:
     outputs: dict[int, Any] = field(default_factory=dict)
     last_output: Any = None
     feedback: dict[int, torch.Tensor] = field(default_factory=dict)
+    of_values: bool = False
     reconstruction: "Reconstruction | None" = None
     input_sizes: dict[int, tuple[int, int]] = field(default_factory=dict)
     inputs: dict[int, torch.Tensor] = field(default_factory=dict)

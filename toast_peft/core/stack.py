@@ -62,5 +62,7 @@ class Stack(ABC):
 
 def remove_feedback_path(backbone: nn.Module, path: FeedbackPath) -> None:
     """Leave the backbone as it was before `add_feedback_path`."""
+    if path.fused is not None:
+        path.fused.remove()
     path.passes.remove()
     del backbone.feedback_path

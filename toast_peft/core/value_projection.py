@@ -1,12 +1,14 @@
 """Adds the feedback to the input of a block's value projection, which may compute queries and keys as well."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils.hooks import RemovableHandle
+from transformers.pytorch_utils import Conv1D
 
 from .feedback import steer
 from .run import Run, ThreadState
@@ -29,13 +31,22 @@ class ValueColumns(NamedTuple):
         columns = [of_input[..., : -self.columns], of_steered[..., -self.columns :]]
         return torch.cat(columns, dim=-1).flatten(-2)
 
+    def rows(self, weight: torch.Tensor) -> torch.Tensor:
+        """The rows that compute the values. Shape: [all columns, ...] -> [parts * columns, ...]"""
+        return weight.unflatten(0, (self.parts, -1))[:, -self.columns :].flatten(0, 1)
+
+    def add(self, output: torch.Tensor, change: torch.Tensor) -> None:
+        """Add to the values in `output`, in place. Shapes: [b, n, all columns], [b, n, parts * columns]"""
+        values = output.unflatten(-1, (self.parts, -1))[..., -self.columns :]
+        values.add_(change.unflatten(-1, (self.parts, -1)))
+
 
 class ValueHooks:
     """Hooks on a value projection: `v = W (h + td) + b`.
 
-    Whoever looks at the input of a projection of values only with a hook of their own sees `h + td`. A fused
-    projection runs once on `h` and once on `h + td`, of which the values are taken. It is run through the module, not
-    its weight: that may be quantised, sharded, offloaded or wrapped by another method.
+    Whoever looks at the input of a projection of values only with a hook of their own sees `h + td`. To the output of
+    a fused projection `W_v td` is added, where it is a plain linear layer. Where its weight may be quantised, sharded,
+    offloaded or wrapped by another method, it runs once more, on `h + td`, and the values are taken of that.
 
     Args:
         value_projection: the layer.
@@ -43,6 +54,10 @@ class ValueHooks:
         index: the block.
         columns: which of its outputs are values; `None` if all are.
         arrange: brings the feedback into the shape of the projection's input, where that is another one.
+
+    Attributes:
+        module: what the hooks are on now.
+        folded: the layer that adds the feedback of its values itself, as its weight is folded into fused feedback.
     """
 
     def __init__(
@@ -57,6 +72,8 @@ class ValueHooks:
         self.index = index
         self.arrange = arrange
         self.columns = columns
+        self.module = value_projection
+        self.folded: nn.Module | None = None
         self.handles = self._hang_on(value_projection)
 
     def _hang_on(self, module: nn.Module) -> list[RemovableHandle]:
@@ -70,6 +87,7 @@ class ValueHooks:
     def move_to(self, module: nn.Module) -> None:
         """Take the hooks to the module that comes into the place of the value projection."""
         self.remove()
+        self.module = module
         self.handles = self._hang_on(module)
 
     def add_feedback(self, module: nn.Module, args: tuple) -> tuple | None:
@@ -86,10 +104,20 @@ class ValueHooks:
         if run is None or self.columns is None:
             return None
         hidden_states, *others = args
+        if is_plain(module, num_hooks=1):
+            self._add_to_values(run, module, hidden_states, output)
+            return None
         steered = self._without_feedback(module, self._steered(run, hidden_states), *others)
         if run.double_bias:
             steered = steered + self._bias(module, hidden_states)
         return self.columns.replace(output, steered)
+
+    def _add_to_values(self, run: Run, module: nn.Module, hidden_states: torch.Tensor, output: torch.Tensor) -> None:
+        """`v = W_v h + b_v + W_v td`. Shapes: [b, n, d], [b, n, all columns]"""
+        assert self.columns is not None
+        bias = self.columns.rows(module.get_parameter("bias")) if run.double_bias and module.bias is not None else None
+        weight = self.columns.rows(weight_matrix(module))
+        self.columns.add(output, F.linear(self.feedback(run, hidden_states), weight, bias))
 
     def add_bias_again(self, module: nn.Module, args: tuple, value: torch.Tensor) -> torch.Tensor | None:
         """Official ViT: `v = W h + b + W td + b`. Shape: [b, n, d]"""
@@ -99,20 +127,35 @@ class ValueHooks:
     def _run_with_feedback(self) -> Run | None:
         """The running forward, if it has feedback for this block."""
         run = self.state.current.run
-        return run if run is not None and self.index in run.feedback else None
+        if run is None or self.index not in run.feedback:
+            return None
+        if not run.of_values:
+            return run
+        if self.module is not self.folded:
+            raise RuntimeError(
+                f"The value projection of block {self.index} is another layer, a {type(self.module).__name__}, than "
+                "when `fuse_feedback()` folded its weight into the feedback. Call `unfuse_feedback()`, and then "
+                "`fuse_feedback()` again."
+            )
+        return None
 
     def _steered(self, run: Run, hidden_states: torch.Tensor) -> torch.Tensor:
+        return steer(hidden_states, self.feedback(run, hidden_states))
+
+    def feedback(self, run: Run, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What is added to the hidden states or the values, for as many tokens, which is checked. Shape: [b, n, d]"""
         if self.index not in run.steered:
             run.steered.append(self.index)
         td = run.feedback[self.index]
         td = td if self.arrange is None else self.arrange(td, hidden_states)
-        if td.shape != hidden_states.shape:  # they might still be broadcast
+        expected = hidden_states.shape if not run.of_values else (*hidden_states.shape[:-1], td.shape[-1])
+        if td.shape != expected:  # they might still be broadcast
             raise ValueError(
                 f"The feedback of block {self.index} has the shape {list(td.shape)} and the input of its value "
                 f"projection {list(hidden_states.shape)}; expected the same, as TOAST supports only attention that "
                 "takes its values from the hidden states of the block, token by token."
             )
-        return steer(hidden_states, td.to(device=hidden_states.device, dtype=hidden_states.dtype))
+        return td.to(device=hidden_states.device, dtype=hidden_states.dtype)
 
     def _bias(self, module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
         return self._without_feedback(module, torch.zeros_like(hidden_states[..., :1, :]))
@@ -128,6 +171,27 @@ class ValueHooks:
         """Remove the hooks."""
         for handle in self.handles:
             handle.remove()
+
+
+def is_plain(module: nn.Module, num_hooks: int) -> bool:
+    """Whether a module is a linear layer and nothing more, so that its weight alone says what it computes.
+
+    Args:
+        module: the module.
+        num_hooks: how many of our own hooks it has.
+    """
+    is_linear = type(module) in (nn.Linear, Conv1D) or type(module).__name__ == "FalconLinear"
+    if not is_linear or type(module.weight) is not nn.Parameter:  # quantised, sharded
+        return False
+    # Of accelerate, which fetches an offloaded weight, and whatever hangs on it besides our own hook.
+    is_changed = "forward" in module.__dict__ or "_hf_hook" in module.__dict__
+    return not is_changed and len(module._forward_hooks) + len(module._forward_pre_hooks) == num_hooks
+
+
+def weight_matrix(module: nn.Module) -> torch.Tensor:
+    """The weight of a plain linear layer. Shape: [out, in]"""
+    weight = cast(nn.Parameter, module.weight)
+    return weight.t() if isinstance(module, Conv1D) else weight  # GPT-2 stores it the other way round
 
 
 def _stay_in_place(parent: nn.Module, name: str, module: nn.Module | None) -> None:

@@ -1,0 +1,89 @@
+"""What a forward does besides running the model twice: kernels and Python calls. They may fall, and not rise."""
+
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..helpers import adapted
+from ..zoo import inputs_of
+
+# As deep as ViT-S and a small Llama, and narrow: how much is computed does not count here.
+SHAPE = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "num_hidden_layers": 12}
+MODELS: dict[type, Callable[[], nn.Module]] = {
+    tf.ViTForImageClassification: lambda: tf.ViTForImageClassification(
+        tf.ViTConfig(**SHAPE, image_size=32, patch_size=8)
+    ),
+    tf.LlamaForCausalLM: lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**SHAPE, num_key_value_heads=2, vocab_size=99)),
+}
+
+
+class Kernels(TorchDispatchMode):
+    """Counts the operations that compute something; a view computes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.number += not (func.is_view or func.overloadpacket is torch.ops.aten._unsafe_view)
+        return func(*args, **(kwargs or {}))
+
+
+def kernels(function: Callable[[], object]) -> int:
+    with Kernels() as mode:
+        function()
+    return mode.number
+
+
+def python_calls(function: Callable[[], object]) -> int:
+    number = 0
+
+    def count(frame: FrameType, event: str, argument: object) -> None:
+        nonlocal number
+        number += event == "call"
+
+    sys.setprofile(count)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return number
+
+
+def besides_two_passes(model_class: type, count: Callable, train: bool, **options: Any) -> int:
+    numbers = []
+    for is_adapted in (False, True):
+        model = MODELS[model_class]().eval().requires_grad_(False)
+        inputs = inputs_of(model) | ({"use_cache": False} if model.can_generate() else {})
+        model = (adapted(model, **options) if is_adapted else model).train(train)
+
+        def forward(model: nn.Module = model, inputs: dict[str, Any] = inputs) -> None:
+            with torch.set_grad_enabled(train):
+                model(**inputs)
+
+        forward()
+        numbers.append(count(forward))
+    return numbers[1] - 2 * numbers[0]
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["evaluation", "training"])
+@pytest.mark.parametrize(("options", "number"), [({}, 48), ({"r": 4}, 108)], ids=["full", "lite"])
+@pytest.mark.parametrize("model_class", MODELS)
+def test_kernels(model_class: type, options: dict[str, Any], number: int, train: bool) -> None:
+    """Of a block: linear1, linear2 and h + td, in Lite 8. Nine select tokens, and two channels."""
+    assert besides_two_passes(model_class, kernels, train, **options) <= number
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["evaluation", "training"])
+@pytest.mark.parametrize(("options", "number"), [({}, 940), ({"r": 4}, 1250)], ids=["full", "lite"])
+@pytest.mark.parametrize("model_class", MODELS)
+def test_python_calls(model_class: type, options: dict[str, Any], number: int, train: bool) -> None:
+    """About 75 for each block, half of them those of torch for the two linear layers and the hooks."""
+    assert besides_two_passes(model_class, python_calls, train, **options) <= number + train * 165
