@@ -37,25 +37,22 @@ from transformers import (
     set_seed,
 )
 
-from toast_peft import FeedbackCallback, TopDownConfig, initialize_feedback
+from toast_peft import FeedbackCallback, TopDownConfig, initialize_feedback, store_features
 
 
 @dataclass
 class Arguments:
     """Which model to adapt, and to which images."""
 
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Model on the Hub or a local folder. Default: a small ViT, pre-trained first."}
-    )
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Data set on the Hub or a local folder. Default: handwritten digits."}
-    )
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Hub or folder. Default: a small ViT."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Hub or folder. Default: handwritten digits."})
     train_file: str | None = field(default=None, metadata={"help": "Local file, for example .parquet, instead."})
     validation_file: str | None = field(default=None, metadata={"help": "Local file for the evaluation."})
     image_column_name: str = field(default="image", metadata={"help": "Column with the images."})
     label_column_name: str = field(default="label", metadata={"help": "Column with the classes."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many images at most."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many images at most."})
+    store_features: str | None = field(default=None, metadata={"help": "Run pass 1 once, stored in this folder."})
     pretraining_steps: int = field(default=800, metadata={"help": "Steps of pre-training of the small ViT."})
 
 
@@ -184,6 +181,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     model = get_peft_model(model, TopDownConfig(r=8, modules_to_save=head))
     model.print_trainable_parameters()
     trainer = make_trainer(model, processor, data, training_arguments)
+    if arguments.store_features is not None:
+        stored = store_features(model, trainer.train_dataset, arguments.store_features)
+        trainer.train_dataset, trainer.data_collator = stored, stored.collate
     trainer.add_callback(FeedbackCallback(trainer))
     initialize_feedback(model, islice(trainer.get_train_dataloader(), 8))
     metrics = trainer.evaluate(metric_key_prefix="before")

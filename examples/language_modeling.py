@@ -35,7 +35,7 @@ from transformers import (
     set_seed,
 )
 
-from toast_peft import FeedbackCallback, TopDownConfig, initialize_feedback
+from toast_peft import FeedbackCallback, TopDownConfig, initialize_feedback, store_features
 
 NUMERIC_MODULES = ["_pydecimal.py", "fractions.py", "statistics.py"]
 # Only what every installation of Python has.
@@ -60,6 +60,7 @@ class Arguments:
     block_size: int = field(default=128, metadata={"help": "The texts are joined and cut into blocks of this length."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many texts at most."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many texts at most."})
+    store_features: str | None = field(default=None, metadata={"help": "Run pass 1 once, stored in this folder."})
     pretraining_steps: int = field(default=800, metadata={"help": "Steps of pre-training of the small LLaMA."})
 
 
@@ -177,6 +178,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     model = get_peft_model(model, TopDownConfig(task_type="CAUSAL_LM", r=8))
     model.print_trainable_parameters()
     trainer = make_trainer(model, tokenizer, load_texts(arguments), arguments.block_size, training_arguments)
+    if arguments.store_features is not None:
+        stored = store_features(model, trainer.train_dataset, arguments.store_features)
+        trainer.train_dataset, trainer.data_collator = stored, stored.collate
     trainer.add_callback(FeedbackCallback(trainer))
     initialize_feedback(model, islice(trainer.get_train_dataloader(), 8))
     metrics = trainer.evaluate(metric_key_prefix="before")

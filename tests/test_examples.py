@@ -103,7 +103,9 @@ def test_options_of_the_trainer_work_and_misspelt_ones_are_refused(script: Modul
 
 
 def test_image_classification(tmp_path: Path) -> None:
-    metrics = run(image_classification, tmp_path, "--max_steps", "30", "--max_eval_samples", "64")
+    stored = ["--store_features", str(tmp_path / "features")]
+    metrics = run(image_classification, tmp_path, "--max_steps", "30", "--max_eval_samples", "64", *stored)
+    assert (tmp_path / "features" / "features.json").is_file()
     assert metrics["eval_loss"] < metrics["before_loss"]
     base, processor = image_classification.load_model(str(tmp_path / "small_vit"), list("56789"))
     data = image_classification.handwritten_digits(range(5, 10), examples_per_class=2)
@@ -175,7 +177,8 @@ def test_custom_model(tmp_path: Path) -> None:
 
 def test_language_modeling(tmp_path: Path) -> None:
     short = ["--block_size", "32", "--max_train_samples", "40", "--max_eval_samples", "20", "--max_steps", "6"]
-    metrics = run(language_modeling, tmp_path, *short)
+    metrics = run(language_modeling, tmp_path, *short, "--store_features", str(tmp_path / "features"))
+    assert (tmp_path / "features" / "features.json").is_file()
     assert metrics["eval_perplexity"] < metrics["before_perplexity"]
     base = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "small_llama")
     assert_loads_and_steers(base, tmp_path, {"input_ids": torch.arange(16).view(2, 8)})

@@ -10,16 +10,19 @@ from .initialization import initialize_feedback
 from .model import TopDownModel
 from .official import from_official_checkpoint
 from .registration import register
+from .stored_features import StoredFeatures, store_features
 
 __version__ = "0.1.0"
 __all__ = [
     "OFFICIAL_STAGES",
     "FeedbackCallback",
+    "StoredFeatures",
     "TopDownConfig",
     "TopDownModel",
     "feedback_statistics",
     "from_official_checkpoint",
     "initialize_feedback",
+    "store_features",
 ]
 
 register(TopDownConfig, TopDownModel)

@@ -25,6 +25,7 @@ from .config import TopDownConfig
 from .core.dropout import in_evaluation_mode
 from .core.fused_feedback import refuse_fused
 from .core.layers import FeedbackPath, feedback_paths, hidden_states_of, weight_of
+from .core.stored_pass import STORED_INPUT
 
 # Root mean square of the entries of a prompt that starts at features. It sets how far a step turns the prompt: Adam
 # moves each entry by up to the learning rate. After 50 steps with 1e-2, a LLaMA of 3 M parameters had 0 % of its
@@ -209,4 +210,5 @@ def collect(model: nn.Module, dataloader: Iterable[dict[str, Any]], statistics: 
         for batch in dataloader:
             if not isinstance(batch, Mapping):
                 raise ValueError(f"The dataloader gave a {type(batch).__name__}; expected dicts of model inputs.")
-            model(**{name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in batch.items()})
+            inputs = {name: x for name, x in batch.items() if name != STORED_INPUT}  # what is collected is of pass 1
+            model(**{name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()})

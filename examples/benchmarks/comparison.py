@@ -34,6 +34,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import BatchFeature, HfArgumentParser, PrinterCallback, Trainer, TrainingArguments, set_seed
 
+from toast_peft import store_features
+
 Rows = list[dict[str, Any]]
 Point = dict[str, float]
 SPLITS = ("validation", "test")
@@ -60,6 +62,10 @@ class ComparisonArguments:
     )
     pretrained_feedback: str | None = field(
         default=None, metadata={"help": "Saved TOAST adapter that the method toast-pretuned starts from."}
+    )
+    store_features: str | None = field(
+        default=None,
+        metadata={"help": "Folder where pass 1 of each TOAST method is stored, to be run once for all trainings."},
     )
     dataset_name: str | None = field(
         default=None,
@@ -183,7 +189,7 @@ class Comparison(ABC):
 
     def study(self, method: str, split: str) -> optuna.Study:
         """The study of a method, of the search or of the test; its value is the first of `goodness`."""
-        unshared = {"methods", "tries", "seeds", "output_dir"}
+        unshared = {"methods", "tries", "seeds", "output_dir", "store_features"}
         unshared |= set() if method == "toast-pretuned" else {"pretrained_feedback"}
         settings = {name: value for name, value in asdict(self.arguments).items() if name not in unshared}
         study = optuna.create_study(
@@ -259,7 +265,12 @@ class Comparison(ABC):
         model = apply_method(model, method, batches, self.arguments.pretrained_feedback, **peft_options)
         new_modules = [] if method == "linear" else peft_options.get("modules_to_save", [])
         optimizer = make_optimizer(model, learning_rate, weight_decay, new_modules)
-        trainer = Trainer(model, arguments, self.collate, rows, optimizers=(optimizer, None))
+        data, collate = rows, self.collate
+        if self.arguments.store_features is not None and method.startswith("toast"):
+            folder = Path(self.arguments.store_features) / method / ("train" if split == "test" else "search")
+            data = store_features(model, rows, folder, data_collator=collate)
+            collate = data.collate
+        trainer = Trainer(model, arguments, collate, data, optimizers=(optimizer, None))
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         measured = {"seconds": time.perf_counter() - start} | self.measure(trainer, split)

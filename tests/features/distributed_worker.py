@@ -16,6 +16,8 @@ from peft import PeftModel
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 
+from toast_peft import store_features
+
 from ..helpers import blocks_of, steered
 from ..zoo import VARIANTS, VIT_AND_LLAMA, inputs_of, tiny_model
 
@@ -29,6 +31,7 @@ SCENARIOS = {
     "full, reentrant": ({}, True),
     "lite, reentrant": (VARIANTS["lite"], True),
     "head": ({"modules_to_save": ["head"]}, None),
+    "stored": ({"feedback_to": 2}, None),  # pass 1, by the first process
     "pre-tuning": ({"variational_weight": 0.1}, None),  # with more, three steps diverge
 }
 BATCH_SIZE = 4
@@ -51,6 +54,13 @@ def scenario_inputs(model: PeftModel) -> dict[str, torch.Tensor]:
     if model.active_peft_config.variational_weight == 0:
         return inputs
     return inputs | {"labels": inputs.get("input_ids", torch.arange(BATCH_SIZE) % 2)}
+
+
+def with_stored_features(model: PeftModel, inputs: dict[str, torch.Tensor], folder: Path) -> dict[str, torch.Tensor]:
+    """The inputs and what pass 1 makes of them."""
+    rows = [{name: x[i] for name, x in inputs.items()} for i in range(BATCH_SIZE)]
+    stored = store_features(model, rows, folder)
+    return stored.collate([stored[i] for i in range(BATCH_SIZE)])
 
 
 def optimizer_of(model: torch.nn.Module) -> torch.optim.Optimizer:
@@ -106,6 +116,8 @@ def run_scenario(accelerator: Accelerator, kind: str, model_class: type, scenari
     """Train on half of the rows; save the adapter, and the output for all rows."""
     model = scenario_model(model_class, scenario)
     all_rows = scenario_inputs(model)
+    if scenario == "stored":
+        all_rows = with_stored_features(model, all_rows, folder / "features")
     model, optimizer = prepare(accelerator, kind, model)
     train(model, optimizer, {name: x[accelerator.process_index :: 2] for name, x in all_rows.items()})
     with torch.no_grad():

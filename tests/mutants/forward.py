@@ -91,7 +91,7 @@ IN_A_FORWARD = [
     ),
     Mutant(
         "pass 1: a graph of a frozen model",
-        "torch.is_grad_enabled() and self._first_pass_is_trained(run, kwargs)",
+        "torch.is_grad_enabled() and self._first_pass_is_trained(run.feedback_from, kwargs)",
         "torch.is_grad_enabled()",
         "features/test_checkpointing.py -k 'only_checkpointing_wants'",
     ),

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 import torch
 
-from .forwards import ReplacedForward
+from .replaced_forward import ReplacedForward
 from .value_projection import ValueHooks, is_plain, weight_matrix
 
 

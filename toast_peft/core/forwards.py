@@ -8,6 +8,8 @@ around its blocks stay its own. In pass 1 the blocks from `feedback_from` on han
 blocks below `feedback_to` return what pass 1 computed, which is the same. Pass 1 runs without dropout (`dropout.py`);
 if there is any, these blocks run again in pass 2.
 
+What pass 1 computes may also have been stored (`stored_pass.py`). Then it does not run.
+
 The backbone and its blocks get another `forward`, the value projections hooks. Python state says which pass is
 running; it is kept per thread and restored when a forward ends, however it ends.
 """
@@ -28,53 +30,15 @@ from .dropout import has_dropout, pass_without_dropout
 from .layers import FeedbackPath, hidden_states_of
 from .module_tree import is_trained
 from .open_rows import has_rows, open_rows, put_rows, rows_of_arguments
-from .recording import RecordingPaused
-from .run import SINGLE_PASS, Run, ThreadState
+from .recording import RecordingPaused, is_recording
+from .replaced_forward import ReplacedForward
+from .run import SINGLE_PASS, Run
+from .stored_pass import STORED_INPUT, Origin, StoredInput, StoredPass
 from .value_projection import ValueColumns, ValueHooks
 from .variational_loss import LossHook, Reconstruction, padding_to_leave_out
 
 if TYPE_CHECKING:
     from .stack import Stack
-
-
-class ReplacedForward:
-    """A module's `forward` on the instance, in front of the one of its class.
-
-    An object instead of a closure, so that a deep copy of the model is bound to the copied modules.
-    """
-
-    def __init__(self, module: nn.Module, state: ThreadState) -> None:
-        self.module = module
-        self.state = state
-        # Another library may have replaced the forward of this instance already (accelerate does, for offloading).
-        self.previous: Callable | None = module.__dict__.get("forward")
-        module.__dict__["forward"] = self
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        signature = inspect.signature(self.previous or type(self.module).forward)
-        if self.previous is not None:
-            return signature
-        return signature.replace(parameters=list(signature.parameters.values())[1:])
-
-    def original(self, *args: Any, **kwargs: Any) -> Any:
-        """The forward that was there before."""
-        if self.previous is not None:
-            return self.previous(*args, **kwargs)
-        # Looked up now: FSDP2 changes the class of the module.
-        return type(self.module).forward(self.module, *args, **kwargs)
-
-    def remove(self) -> None:
-        """Put the previous forward back, also from beneath a later replacement by accelerate."""
-        attributes = self.module.__dict__
-        for name in ("forward", "_old_forward"):
-            if attributes.get(name) is self:
-                if self.previous is not None:
-                    attributes[name] = self.previous
-                elif name == "forward":
-                    del attributes[name]
-                else:
-                    attributes[name] = type(self.module).forward.__get__(self.module)
 
 
 class BlockForward(ReplacedForward):
@@ -217,12 +181,19 @@ class BackboneForward(ReplacedForward):
             run.of_values = self.path.fused.of_values
         if self.module.training and config.variational_weight > 0:
             run.reconstruction = Reconstruction(self.path, adapter_name, padding_to_leave_out(config, kwargs))
-        cache = self._cache(adapter_name, run, kwargs)
-        skips = cache is None and self.path.skips_closed_rows(adapter_name)
-        run.kept_below = run.feedback_from if skips else run.feedback_to
-        self._first_pass(run, kwargs if cache is None else {**kwargs, **cache.in_first_pass})
-        features, compared = self._features(run, config)
-        run.feedback = self.path(features, adapter_name, compared, run.input_sizes)
+        stored, self.state.current.stored = self.state.current.stored, None
+        if stored is None:
+            cache = self._cache(adapter_name, run, kwargs)
+            skips = cache is None and _may_skip_rows(config)
+            run.kept_below = run.feedback_from if skips else run.feedback_to
+            self._first_pass(run, kwargs if cache is None else {**kwargs, **cache.in_first_pass})
+            features, compared = self._features(run, config)
+        else:
+            stored.check(self.origin(config))
+            cache, skips, kwargs = None, False, self._without_cache(kwargs)
+            self._instead_of_first_pass(run, stored, kwargs)
+            features, compared = stored.features, None
+        run.feedback = self.path(features, adapter_name, compared, run.input_sizes, skip_closed=skips)
         if not torch.compiler.is_exporting():
             self.state.current.attention_mask = kwargs.get("attention_mask")
         run.first_pass = False
@@ -286,9 +257,39 @@ class BackboneForward(ReplacedForward):
         has_cross_attention = kwargs.get("encoder_hidden_states") is not None
         return TwoPassCache(cache, name, self.module.config, len(self.blocks), owner, has_cross_attention)
 
+    def origin(self, config: TopDownConfig) -> Origin:
+        """What pass 1 of an adapter is."""
+        run = self._new_run(config, {})
+        return Origin(run.feedback_from, run.feedback_to, self._normalizes(run, config))
+
+    def _without_cache(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a forward whose pass 1 does not run, and so fills no cache."""
+        if not self.has_cache:
+            return kwargs
+        name = cache_argument(kwargs, self.cache_parameter)
+        if (name is not None and kwargs.get(name) is not None) or kwargs.get("use_cache"):
+            raise ValueError(
+                f"`{STORED_INPUT}` was given together with a key-value cache, which would have no keys and values of "
+                "pass 1; leave out one of them."
+            )
+        return {**kwargs, "use_cache": False} if "use_cache" in self.argument_names else kwargs
+
+    def _instead_of_first_pass(self, run: Run, stored: StoredPass, kwargs: dict[str, Any]) -> None:
+        """Let pass 2 find what pass 1 had computed when it was stored."""
+        if self.features_are_trained(stored.origin, kwargs):
+            raise ValueError(
+                f"`{STORED_INPUT}` was given, but pass 1 depends on something that is trained or wants a gradient, so "
+                "that it is another one in every step; freeze all below the feedback, or leave it out."
+            )
+        recorded = self._option("output_hidden_states", kwargs)
+        if stored.hidden_states is None or is_recording() or not (recorded is None or recorded is False):
+            run.repeat_lower_blocks = True
+        else:  # only the last of them is used
+            run.outputs = dict.fromkeys(range(run.feedback_to), stored.hidden_states)
+
     def _first_pass(self, run: Run, kwargs: dict[str, Any]) -> None:
         self.state.current.run = run
-        needs_graph = torch.is_grad_enabled() and self._first_pass_is_trained(run, kwargs)
+        needs_graph = torch.is_grad_enabled() and self._first_pass_is_trained(run.feedback_from, kwargs)
         recording = nullcontext() if self.records_itself else RecordingPaused()
         with nullcontext() if needs_graph else torch.no_grad(), self._without_dropout(run, needs_graph), recording:
             self.original(**{**kwargs, **self.not_recorded})
@@ -302,11 +303,16 @@ class BackboneForward(ReplacedForward):
     def _without_dropout(self, run: Run, needs_graph: bool) -> AbstractContextManager[None]:
         return pass_without_dropout(self.module, needs_graph) if run.without_dropout else nullcontext()
 
-    def _first_pass_is_trained(self, run: Run, kwargs: dict[str, Any]) -> bool:
-        """Whether the features of pass 1 depend on something that wants a gradient."""
+    def _first_pass_is_trained(self, feedback_from: int, kwargs: dict[str, Any]) -> bool:
+        """Whether the features of pass 1, before a norm, depend on something that wants a gradient."""
         if any(isinstance(value, torch.Tensor) and value.requires_grad for value in kwargs.values()):
             return True
-        return is_trained(self.module, without={self.path, self.final_norm, *list(self.blocks)[run.feedback_from :]})
+        return is_trained(self.module, without={self.path, self.final_norm, *list(self.blocks)[feedback_from:]})
+
+    def features_are_trained(self, origin: Origin, kwargs: dict[str, Any]) -> bool:
+        """Whether the features that the feedback starts from depend on something that wants a gradient."""
+        norm = self.final_norm if origin.normalize_features else None
+        return (norm is not None and is_trained(norm)) or self._first_pass_is_trained(origin.feedback_from, kwargs)
 
     def _features(self, run: Run, config: TopDownConfig) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What the feedback starts from, and what the prompt is compared with if that is something else."""
@@ -319,6 +325,12 @@ class BackboneForward(ReplacedForward):
 
     def _normalizes(self, run: Run, config: TopDownConfig) -> bool:
         return self.normalize_features if config.normalize_features is None else config.normalize_features
+
+
+def _may_skip_rows(config: TopDownConfig) -> bool:
+    """Whether pass 2 of rows without feedback is left out: in inference, where a forward may look at numbers."""
+    is_traced = torch.compiler.is_compiling() or torch.compiler.is_exporting()
+    return config.skip_closed_rows and not torch.is_grad_enabled() and not is_traced
 
 
 class TwoPasses:
@@ -345,6 +357,7 @@ class TwoPasses:
         self.backbone_forward = self.backbone_forward_class(stack, path, self.block_forwards)
         self.value_hooks: dict[int, ValueHooks] = {}
         self.loss_hook = LossHook(model, path)
+        self.stored_input: StoredInput | None = None
 
     def numbered_modules(self, stack: "Stack") -> Iterable[tuple[int, nn.Module]]:
         """The modules that a pass can skip."""
@@ -355,8 +368,26 @@ class TwoPasses:
         if index not in self.value_hooks:
             self.value_hooks[index] = ValueHooks(value_projection, self.path.state, index, self.value_columns)
 
+    def accept_stored(self, model: nn.Module, origin: Origin) -> None:
+        """Let a model take what pass 1 has computed as one more input.
+
+        Raises:
+            ValueError: if it already takes that of another pass 1, or another model around the backbone takes it.
+        """
+        accepted = self.stored_input
+        if accepted is None:
+            self.stored_input = StoredInput(model, self.path.state, origin)
+        elif (accepted.module, accepted.origin) != (model, origin):
+            raise ValueError(
+                f"The model takes the stored features of {type(accepted.module).__name__} with {accepted.origin}, and "
+                f"now those of {type(model).__name__} with {origin} were stored; expected the same. Load the model "
+                "anew for these."
+            )
+
     def remove(self) -> None:
         """Leave the modules as they were."""
+        if self.stored_input is not None:  # it may be in front of the backbone's
+            self.stored_input.remove()
         for forward in (self.backbone_forward, *self.block_forwards):
             forward.remove()
         for hooks in self.value_hooks.values():

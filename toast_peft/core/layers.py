@@ -392,6 +392,7 @@ class FeedbackPath(nn.Module):
         adapter_name: str,
         compared: torch.Tensor | None = None,
         sizes: Mapping[int, tuple[int, ...]] | None = None,
+        skip_closed: bool = False,
     ) -> dict[int, torch.Tensor]:
         """The feedback of every block.
 
@@ -400,6 +401,7 @@ class FeedbackPath(nn.Module):
             adapter_name: whose feedback.
             compared: what the prompt is compared with, `None` for the features themselves. Shape: as the features
             sizes: for each block the height and width of its input, where it is a map.
+            skip_closed: compute none if no token is selected.
 
         Returns:
             For each block index what is added to the input of its value projection; of fused feedback perhaps to its
@@ -410,22 +412,12 @@ class FeedbackPath(nn.Module):
         if self.fused is not None:
             return self.fused(*self.selection.weigh(features, adapter_name, compared))
         z = self._select(features, adapter_name, compared)
-        if self.skips_closed_rows(adapter_name) and not self._is_open():
+        if skip_closed and self.state.current.all_closed():
             return {}
         feedback = {}
         for index, layer in self.layers_of(adapter_name):
             z, feedback[index] = layer(to_device_of(layer, z), adapter_name, (sizes or {}).get(index, ()))
         return feedback
-
-    def skips_closed_rows(self, adapter_name: str) -> bool:
-        """Whether pass 2 of rows without feedback is left out: in inference, where a forward may look at numbers."""
-        wanted = self.selection.topdown_config[adapter_name].skip_closed_rows
-        is_traced = torch.compiler.is_compiling() or torch.compiler.is_exporting()
-        return wanted and not torch.is_grad_enabled() and not is_traced
-
-    def _is_open(self) -> bool:
-        mask = self.state.current.mask
-        return mask is None or bool(mask.any())
 
     def _select(self, features: torch.Tensor, adapter_name: str, compared: torch.Tensor | None) -> torch.Tensor:
         return self.selection(features, adapter_name, compared)

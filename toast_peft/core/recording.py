@@ -12,6 +12,18 @@ else:
     _collector = getattr(output_capturing, "_active_collector", None)
 
 
+def _record() -> dict[str, Any] | None:
+    """What transformers is recording, by name, `None` if nothing."""
+    # What nobody has set while a forward is traced is in a ContextVar, which cannot be traced; and so it is empty.
+    is_unset = _collector is None or (torch.compiler.is_compiling() and not _collector.compiling)
+    return None if is_unset else _collector.get()
+
+
+def is_recording() -> bool:
+    """Whether something is recorded for a model whose forward is running."""
+    return bool(_record())
+
+
 class RecordingPaused:
     """A context in which nothing is recorded for a model whose forward is running.
 
@@ -20,9 +32,7 @@ class RecordingPaused:
     """
 
     def __enter__(self) -> None:
-        # What nobody has set while a forward is traced is in a ContextVar, which cannot be traced; and so it is empty.
-        is_unset = _collector is None or (torch.compiler.is_compiling() and not _collector.compiling)
-        self.record = None if is_unset else _collector.get()
+        self.record = _record()
         if self.record is not None:
             _collector.set(None)
 

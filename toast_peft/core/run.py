@@ -10,6 +10,7 @@ import torch
 from .open_rows import rows_of
 
 if TYPE_CHECKING:
+    from .stored_pass import StoredPass
     from .variational_loss import Reconstruction
 
 
@@ -84,6 +85,7 @@ class Current:
         variational_loss: that of the last forward in training, until it is added to a loss.
         mask: of the last forward with feedback, how much of each token was selected. Shape: [b, n, 1], or [b, h, w, 1]
         attention_mask: what that forward was called with.
+        stored: what pass 1 of the next forward has computed already, `None` if it has to run.
     """
 
     def __init__(self) -> None:
@@ -91,6 +93,11 @@ class Current:
         self.variational_loss: torch.Tensor | None = None
         self.mask: torch.Tensor | None = None
         self.attention_mask: Any = None
+        self.stored: StoredPass | None = None
+
+    def all_closed(self) -> bool:
+        """Whether no token was selected in the last forward with feedback."""
+        return self.mask is not None and not bool(self.mask.any())
 
 
 class ThreadState(threading.local):

@@ -135,6 +135,12 @@ def last_variational_loss(model: nn.Module) -> torch.Tensor | None:
     return total(found) if found else None
 
 
+def predicts_next_token(model: nn.Module) -> bool:
+    """Whether the loss of a model compares what a token gives with the label of the next one."""
+    shifts = LOSS_MAPPING.get(getattr(model, "loss_type", "")) is ForCausalLMLoss
+    return shifts and not getattr(model.config, "is_encoder_decoder", False)
+
+
 def _share_of_batch(model: nn.Module, kwargs: dict[str, Any]) -> torch.Tensor | float:
     """The share of this forward in a batch that gradient accumulation has split.
 
@@ -144,7 +150,6 @@ def _share_of_batch(model: nn.Module, kwargs: dict[str, Any]) -> torch.Tensor | 
     num_items, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
     if num_items is None or labels is None:
         return 1.0
-    shifts = LOSS_MAPPING.get(getattr(model, "loss_type", "")) is ForCausalLMLoss
-    if shifts and not getattr(model.config, "is_encoder_decoder", False):
+    if predicts_next_token(model):
         labels = labels[..., 1:]
     return labels.ne(-100).sum() / num_items
