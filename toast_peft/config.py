@@ -82,6 +82,9 @@ class TopDownConfig(PeftConfig):
         double_value_bias: add the bias of the value projection once more in the second pass, as the official ViT code
             does. Needed for converted official checkpoints; it makes the output differ from the base model's even when
             the feedback is zero.
+        skip_closed_rows: in inference (under `torch.no_grad()`) run pass 2 only for the rows of a batch of which the
+            prompt selects some token. The others get the output of pass 1, and if there is no such row the forward
+            costs what one of the base model does. Not in generation with a cache, nor in a compiled model.
         variational_weight: how much the variational loss counts in training: the mean squared difference between the
             input of a block and `linear1` of its output, summed over the blocks. It is added to `outputs.loss`; where
             the loss is computed outside of the model, add `model.variational_loss()` to it. For pre-tuning; the
@@ -177,6 +180,10 @@ class TopDownConfig(PeftConfig):
         default=False,
         metadata={"help": "Add the value bias once more in the second pass, as the official ViT code does."},
     )
+    skip_closed_rows: bool = field(
+        default=False,
+        metadata={"help": "In inference run the second pass only for rows of which some token is selected."},
+    )
     variational_weight: float = field(
         default=0.0,
         metadata={
@@ -242,6 +249,11 @@ class TopDownConfig(PeftConfig):
         self.trainable_parts = _in_order(self.trainable_parts)
         self._check_range()
         self._check_pretrained()
+        if self.skip_closed_rows and self.double_value_bias:
+            raise ValueError(
+                "`skip_closed_rows=True` cannot be used with `double_value_bias=True`, by which pass 2 differs from "
+                "pass 1 also where the feedback is zero; set one of them to False."
+            )
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError(
                 "`layers_to_transform` cannot be used when `target_modules` is a regular expression; "

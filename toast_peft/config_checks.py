@@ -67,6 +67,7 @@ _EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "trainable_token_indices": ("a list of token indices, or a dict with one for each embedding", _are_token_indices),
     "normalize_features": ("True, False or None", _any),
     "double_value_bias": _SWITCH,
+    "skip_closed_rows": _SWITCH,
     "variational_weight": ("0 or a positive number", _not_negative),
     "variational_ignore_padding": _SWITCH,
     "pretrained_feedback": ("the path of a saved adapter or its id on the Hub, as a string", _any),

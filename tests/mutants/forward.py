@@ -5,6 +5,7 @@ from .mutant import Mutant
 GOLDEN = "golden/test_golden.py -k "
 FORMULAS = "contract/test_feedback.py -k 'formulas and ViT'"
 START = "contract/test_start.py -k 'starts_as_the_base_model and "
+FUSED = "features/test_fused_feedback.py -k "
 GENERATION = "contract/test_generation.py -k "
 
 IN_A_FORWARD = [
@@ -206,7 +207,7 @@ IN_A_FORWARD = [
     ),
     Mutant(
         "values: broadcast feedback is no error",
-        "if td.shape != hidden_states.shape:",
+        "if td.shape != expected:",
         "if False:",
         "families/test_unsuitable_models.py -k 'first_forward and pooled'",
     ),
@@ -319,5 +320,30 @@ IN_A_FORWARD = [
         "self.reconstruct(run, run.inputs[self.stage], output)",
         "self.reconstruct(run, hidden_states, output)",
         f"{GOLDEN}'variational_loss and convnext'",
+    ),
+    # ------------------------------------------------------------------------------------- fused feedback
+    Mutant(
+        "fused: without the bias that the values have",
+        "times = int(double_bias) + int(hooks.columns is None)",
+        "times = int(double_bias)",
+        f"{FUSED}'same_values and ViT'",
+    ),
+    Mutant(
+        "fused: double bias added once",
+        "times = int(double_bias) + int(hooks.columns is None)",
+        "times = int(hooks.columns is None)",
+        f"{FUSED}'all_options and double'",
+    ),
+    Mutant(
+        "fused: without scaling", "return a, layer.topdown_scaling[adapter_name] * b", "return a, b", f"{FUSED}lite"
+    ),
+    Mutant(
+        "fused: changed weights are not noticed",
+        "return self._versions() != self.versions",
+        "return False",
+        f"{FUSED}changed_weights",
+    ),
+    Mutant(
+        "fused: another layer is not noticed", "if self.module is not self.folded:", "if False:", f"{FUSED}lora_on"
     ),
 ]

@@ -29,6 +29,7 @@ from .checkpoint import CheckpointWithFeedback, unwrap_checkpoint, wrap_checkpoi
 from .dropout import has_dropout, pass_without_dropout
 from .layers import FeedbackPath, hidden_states_of
 from .module_tree import is_trained
+from .open_rows import has_rows, open_rows, put_rows, rows_of_arguments
 from .recording import RecordingPaused, is_recording
 from .replaced_forward import ReplacedForward
 from .run import SINGLE_PASS, Run
@@ -109,7 +110,7 @@ class BlockForward(ReplacedForward):
     def keep(self, run: Run, output: Any) -> None:
         """Keep what pass 2 or the feedback path needs of what the block has computed in pass 1."""
         run.last_output = output
-        if max(self.index, 0) < run.feedback_to:  # the stem of a ConvNet, -1, belongs to its stage 0
+        if max(self.index, 0) < run.kept_below:  # the stem of a ConvNet, -1, belongs to its stage 0
             run.outputs[self.index] = output
 
     def reconstruct(self, run: Run, hidden_states: torch.Tensor, output: Any) -> None:
@@ -183,11 +184,14 @@ class BackboneForward(ReplacedForward):
         stored, self.state.current.stored = self.state.current.stored, None
         if stored is None:
             cache = self._cache(adapter_name, run, kwargs)
+            skips = cache is None and self.path.skips_closed_rows(adapter_name)
+            run.kept_below = run.feedback_from if skips else run.feedback_to
             self._first_pass(run, kwargs if cache is None else {**kwargs, **cache.in_first_pass})
             features, compared = self._features(run, config)
         else:
             stored.check(self.origin(config))
             cache, kwargs = None, self._without_cache(kwargs)
+            skips = False  # the rows without feedback have no output of pass 1
             self._instead_of_first_pass(run, stored, kwargs)
             features, compared = stored.features, None
         run.feedback = self.path(features, adapter_name, compared, run.input_sizes)
@@ -196,12 +200,31 @@ class BackboneForward(ReplacedForward):
         run.first_pass = False
         self.state.current.run = run
         if cache is None:
-            output = self.original(**kwargs)
+            output = self._of_open_rows(run, kwargs) if skips else self.original(**kwargs)
         else:
             output = cache.restore(self.original(**{**kwargs, **cache.in_second_pass}))
         if run.reconstruction is not None:  # added, as a model may call its backbone more than once
             self.state.current.variational_loss = run.reconstruction.loss(config, self.state.current.variational_loss)
         return output
+
+    def _of_open_rows(self, run: Run, kwargs: dict[str, Any]) -> Any:
+        """The output of pass 2, which the rows without feedback have from pass 1."""
+        mask = self.state.current.mask
+        assert mask is not None
+        rows, batch_size = open_rows(mask), len(mask)
+        # What another model records would have the open rows twice.
+        arguments = rows_of_arguments(kwargs, rows, batch_size) if self.records_itself else None
+        if len(rows) == batch_size or (len(rows) > 0 and arguments is None):
+            return self.original(**kwargs)
+        self.state.current.run = run.without_feedback()
+        output = self.original(**kwargs)
+        if len(rows) == 0:
+            return output
+        if arguments is None or not has_rows(output, batch_size):
+            self.state.current.run = run
+            return self.original(**kwargs)
+        self.state.current.run = run.of_rows(rows, batch_size)
+        return put_rows(output, rows, self.original(**arguments))
 
     def _new_run(self, config: TopDownConfig, kwargs: dict[str, Any]) -> Run:
         feedback_from, feedback_to = config.feedback_range(len(self.blocks))

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ..config import TopDownConfig
 from .feedback import low_rank, select, step_down, token_mask
-from .module_tree import device_of
+from .module_tree import to_device_of
 from .run import ThreadState
 from .topdown_layer import AdapterIdentity, TopDownLayer
 from .value_projection import input_size
@@ -410,10 +410,22 @@ class FeedbackPath(nn.Module):
         if self.fused is not None:
             return self.fused(*self.selection.weigh(features, adapter_name, compared))
         z = self._select(features, adapter_name, compared)
+        if self.skips_closed_rows(adapter_name) and not self._is_open():
+            return {}
         feedback = {}
         for index, layer in self.layers_of(adapter_name):
             z, feedback[index] = layer(to_device_of(layer, z), adapter_name, (sizes or {}).get(index, ()))
         return feedback
+
+    def skips_closed_rows(self, adapter_name: str) -> bool:
+        """Whether pass 2 of rows without feedback is left out: in inference, where a forward may look at numbers."""
+        wanted = self.selection.topdown_config[adapter_name].skip_closed_rows
+        is_traced = torch.compiler.is_compiling() or torch.compiler.is_exporting()
+        return wanted and not torch.is_grad_enabled() and not is_traced
+
+    def _is_open(self) -> bool:
+        mask = self.state.current.mask
+        return mask is None or bool(mask.any())
 
     def _select(self, features: torch.Tensor, adapter_name: str, compared: torch.Tensor | None) -> torch.Tensor:
         return self.selection(features, adapter_name, compared)
@@ -436,24 +448,6 @@ def feedback_paths(model: nn.Module) -> Iterator[tuple[nn.Module, FeedbackPath]]
 def weight_of(layer: nn.Module) -> nn.Parameter:
     """The weight of a layer without bias."""
     return layer.get_parameter("weight")
-
-
-def to_device_of(module: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, of any shape, where the module is. Blocks, and with them feedback layers, may be on several devices.
-
-    Raises:
-        RuntimeError: if the module has no weights, as after a failed load with `low_cpu_mem_usage`.
-    """
-    device = device_of(module)
-    if device.type != "meta":
-        return tensor.to(device)
-    is_offloaded = any(hasattr(part, "_hf_hook") for part in module.modules())  # its own hook will fetch the weights
-    if tensor.device.type != "meta" and not is_offloaded:
-        raise RuntimeError(
-            "The TOAST adapter has no weights: it was made with `low_cpu_mem_usage=True` and none were loaded, or "
-            "loading them has failed. Load it again, or take it away with `delete_adapter`."
-        )
-    return tensor
 
 
 def hidden_states_of(output: torch.Tensor | tuple[Any, ...]) -> torch.Tensor:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .open_rows import rows_of
+
 if TYPE_CHECKING:
     from .stored_pass import StoredPass
     from .variational_loss import Reconstruction
@@ -32,6 +34,7 @@ class Run:
         input_sizes: where feedback is a map, for each block or stage the height and width of its input.
         inputs: in a ConvNet, for each stage its input in pass 2, without the feedback.
         steered: the blocks whose value projection has been called in pass 2.
+        kept_below: the outputs of the blocks below are kept in pass 1; those below `feedback_to` by default.
     """
 
     feedback_from: int
@@ -48,12 +51,26 @@ class Run:
     input_sizes: dict[int, tuple[int, int]] = field(default_factory=dict)
     inputs: dict[int, torch.Tensor] = field(default_factory=dict)
     steered: list[int] = field(default_factory=list)
+    kept_below: int = 0
+
+    def __post_init__(self) -> None:
+        self.kept_below = max(self.kept_below, self.feedback_to)
 
     def part(self, indices: Iterable[int]) -> "Run":
         """What some blocks need to run again, without the tensors of the others."""
         indices = list(indices)
         kept, feedback = ({i: values[i] for i in indices if i in values} for values in (self.outputs, self.feedback))
         return replace(self, outputs=kept, feedback=feedback, reconstruction=None, inputs={})
+
+    def without_feedback(self) -> "Run":
+        """Pass 2 of closed rows: the blocks that pass 1 has run return their outputs again."""
+        return replace(self, feedback={}, feedback_to=self.feedback_from)
+
+    def of_rows(self, rows: torch.Tensor, batch_size: int) -> "Run":
+        """Pass 2 of some rows of the batch."""
+        feedback = {index: rows_of(td, rows, batch_size) for index, td in self.feedback.items()}
+        outputs = {index: rows_of(output, rows, batch_size) for index, output in self.outputs.items()}
+        return replace(self, feedback=feedback, outputs=outputs, steered=[], inputs={})
 
 
 # A forward without feedback.

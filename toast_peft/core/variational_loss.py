@@ -15,7 +15,8 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from ..config import TopDownConfig
 from .feedback import reconstruction_error
-from .layers import FeedbackPath, feedback_paths, hidden_states_of, to_device_of
+from .layers import FeedbackPath, feedback_paths, hidden_states_of
+from .module_tree import to_device_of
 
 
 class Reconstruction:

@@ -1,0 +1,65 @@
+"""Pass 2 only where there is feedback: a row of the batch whose mask is zero everywhere is *closed*.
+
+Its feedback is zero, so pass 2 would compute what pass 1 has computed. Its blocks return that again; the *open* rows
+run a second time by themselves where the arguments of the forward can be cut into rows, else the whole batch does.
+"""
+
+from typing import Any
+
+import torch
+
+# Arguments of which each row belongs to one row of the batch, by what transformers calls them.
+_OF_ROWS = {
+    *("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids", "encoder_hidden_states"),
+    *("encoder_attention_mask", "pixel_values", "pixel_mask", "bool_masked_pos", "input_values", "input_features"),
+}
+
+
+def open_rows(mask: torch.Tensor) -> torch.Tensor:
+    """Indices of the rows of which some token is selected. Shapes: [b, n, 1] -> [number of open rows]"""
+    return mask.flatten(1).any(dim=1).nonzero().flatten()
+
+
+def rows_of_arguments(kwargs: dict[str, Any], rows: torch.Tensor, batch_size: int) -> dict[str, Any] | None:
+    """The arguments of a forward for some rows of the batch, `None` if they cannot be cut into rows."""
+    cut = {}
+    for name, value in kwargs.items():
+        if isinstance(value, torch.Tensor) and value.dim() > 0 and len(value) == batch_size and name in _OF_ROWS:
+            value = rows_of(value, rows, batch_size)
+        elif not isinstance(value, (bool, int, float, str, type(None))):
+            return None
+        cut[name] = value
+    return cut
+
+
+def rows_of(value: Any, rows: torch.Tensor, batch_size: int) -> Any:
+    """Some rows of a tensor or of the tensors in a tuple. Shape of each: [b, ...] -> [number of rows, ...]"""
+    if isinstance(value, tuple):
+        return tuple(rows_of(item, rows, batch_size) for item in value)
+    is_batch = isinstance(value, torch.Tensor) and value.dim() > 0 and len(value) == batch_size
+    return value[rows.to(value.device)] if is_batch else value
+
+
+def has_rows(output: Any, batch_size: int) -> bool:
+    """Whether each tensor in an output has a row for each row of the batch."""
+    if isinstance(output, (dict, tuple, list)):
+        return all(has_rows(item, batch_size) for item in (output.values() if isinstance(output, dict) else output))
+    return output is None or (isinstance(output, torch.Tensor) and output.shape[:1] == (batch_size,))
+
+
+def put_rows(output: Any, rows: torch.Tensor, of_rows: Any) -> Any:
+    """What a forward gives for the whole batch, with some rows replaced by what it gives for these alone.
+
+    Args:
+        output: an output of transformers, a tuple or a tensor. Shape of each tensor: [b, ...]
+        rows: the indices of the rows.
+        of_rows: the same for these. Shape of each tensor: [number of rows, ...]
+
+    Returns:
+        A new output.
+    """
+    if isinstance(output, dict):  # a ModelOutput
+        return type(output)(**{name: put_rows(value, rows, of_rows[name]) for name, value in output.items()})
+    if isinstance(output, (tuple, list)):
+        return type(output)(put_rows(item, rows, part) for item, part in zip(output, of_rows, strict=True))
+    return None if output is None else output.index_copy(0, rows.to(output.device), of_rows)
