@@ -42,7 +42,7 @@ IN_A_FORWARD = [
     Mutant("Lite: not scaled", "return b(a(z)) * scaling", "return b(a(z))", f"{GOLDEN}vit_forward"),
     Mutant(
         "Lite: no dropout",
-        "low_rank(self.topdown_dropout[adapter_name](z), a, b",
+        "low_rank(dropout(z) if dropout.p > 0 else z, a, b",
         "low_rank(z, a, b",
         "features/test_dropout.py -k dropout_of_the_factors",
     ),
@@ -176,11 +176,41 @@ IN_A_FORWARD = [
     ),
     Mutant(
         "dropout: batch norms in evaluation mode in pass 1",
-        "for module in root.modules() if not isinstance(module, _NormBase)]",
-        "for module in root.modules()]",
+        "for module in modules_inside(root) if not isinstance(module, _NormBase)]",
+        "for module in modules_inside(root)]",
         "features/test_dropout.py",
     ),
+    Mutant(
+        "training: something trained below the feedback is not seen",
+        "if parameter is not None and parameter.requires_grad:\n                return True",
+        "if parameter is None:\n                return True",
+        "features/test_checkpointing.py -k lora_below",
+    ),
+    Mutant(
+        "closed rows: an open one gets pass 1",
+        "return put_rows(output, rows, self.original(**arguments))",
+        "return output",
+        "features/test_closed_rows.py -k open_rows",
+    ),
+    Mutant(
+        "closed rows: skipped in training",
+        "return config.skip_closed_rows and not torch.is_grad_enabled() and not is_traced",
+        "return config.skip_closed_rows and not is_traced",
+        "features/test_closed_rows.py -k training",
+    ),
+    Mutant(
+        "closed rows: outputs below the loop only are kept",
+        "run.kept_below = run.feedback_from if skips else run.feedback_to",
+        "run.kept_below = run.feedback_to",
+        "features/test_closed_rows.py -k 'closed_batch and ViT'",
+    ),
     # ----------------------------------------------------------------------------------- value projections
+    Mutant(
+        "values: the rows of the queries instead",
+        "return weight.unflatten(0, (self.parts, -1))[:, -self.columns :].flatten(0, 1)",
+        "return weight.unflatten(0, (self.parts, -1))[:, : self.columns].flatten(0, 1)",
+        "families/test_transformers.py -k running_it_again",
+    ),
     Mutant(
         "fused: queries and keys see the feedback",
         "columns = [of_input[..., : -self.columns]",
@@ -213,8 +243,8 @@ IN_A_FORWARD = [
     ),
     Mutant(
         "values: feedback not cast to the block's dtype",
-        "return steer(hidden_states, td.to(device=hidden_states.device, dtype=hidden_states.dtype))",
-        "return steer(hidden_states, td)",
+        "return td.to(device=hidden_states.device, dtype=hidden_states.dtype)",
+        "return td",
         "features/test_mixed_precision.py -k 'training_steps and ViT and bfloat16'",
     ),
     Mutant(

@@ -190,7 +190,8 @@ class BackboneForward(ReplacedForward):
             features, compared = self._features(run, config)
         else:
             stored.check(self.origin(config))
-            cache, skips, kwargs = None, False, self._without_cache(kwargs)
+            cache, kwargs = None, self._without_cache(kwargs)
+            skips = False  # the rows without feedback have no output of pass 1
             self._instead_of_first_pass(run, stored, kwargs)
             features, compared = stored.features, None
         run.feedback = self.path(features, adapter_name, compared, run.input_sizes, skip_closed=skips)
