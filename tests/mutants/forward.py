@@ -182,9 +182,9 @@ IN_A_FORWARD = [
     ),
     Mutant(
         "training: something trained below the feedback is not seen",
-        "if parameter is not None and parameter.requires_grad:\n                return True",
-        "if parameter is None:\n                return True",
-        "features/test_checkpointing.py -k lora_below",
+        "parameter.requires_grad:\n                return True",
+        "parameter.requires_grad:\n                return False",
+        "features/test_checkpointing.py -k 'trained_embeddings and ViT and plain'",
     ),
     Mutant(
         "closed rows: an open one gets pass 1",
