@@ -4,7 +4,7 @@
 # make test          lint, then run all tests and measure what they cover, with the versions of constraints.txt
 # make test-newest   run the tests that touch other packages, with the newest versions of these
 # make test-oldest   the same with exactly the oldest versions that setup.cfg declares
-# make bench         measure what TOAST costs next to the base model and LoRA, in about ten minutes
+# make bench         measure what TOAST costs next to the base model and LoRA, in about twenty minutes
 # make docs          build the documentation into site/; make docs-serve shows it while it is written
 # make clean         remove what these have made
 #
@@ -18,7 +18,8 @@ OLDEST_PYTHON ?= $(PYTHON)
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 DEMO_ARGS ?=
 BENCH_ARGS ?= --models vit-small gpt2-768 llama-256 llama-768 --batch_size 2 \
-    --methods toast toast-fused toast-lite toast-lite-fused toast-lite-early toast-lite-late --output_file outputs/cost.json
+    --methods $(foreach method,toast toast-lite toast-early toast-late toast-lite-early toast-lite-late,\
+    $(method) $(method)-fused $(method)-stored) --output_file outputs/cost.json
 # -n auto: as many processes as there are cores.
 PYTEST ?= python -m pytest -n auto
 # `make test` counts the lines of the package that tests run; `make test COVERAGE=` is faster.

@@ -44,12 +44,13 @@ def test_costs_are_measured_next_to_the_base_model_and_lora(
     )
     monkeypatch.setitem(cost.MODELS, "llama-256", (LlamaForCausalLM, config))
     options = ["--models", "llama-256", "--rounds", "2", "--batch_size", "1", "--length", "4", "--methods", "toast"]
-    cost.main([*options, "toast-fused", "--output_file", str(tmp_path / "cost.json")])
-    head, base, lora, toast, fused = cells(capsys.readouterr().out)
+    cost.main([*options, "toast-fused", "toast-stored", "--output_file", str(tmp_path / "cost.json")])
+    head, base, lora, toast, fused, stored = cells(capsys.readouterr().out)
     assert head[2:5] == ["forward / base", "training step / lora", "decoding / base"]
     assert head[5:-1] == ["FLOPs / base", "kernels / base", "activations kept, MB"]
     assert [base[i] for i in (1, 3, 5, 6, 7)] == ["base", "-", "1.00", "1.00", "-"]
     assert (lora[1], toast[1], fused[1], fused[3]) == ("lora", "toast", "toast-fused", "-")
+    assert (stored[1], stored[2]) == ("toast-stored", "-") and float(stored[3]) > 0
     assert all(float(ratio) > 0 for ratio in toast[2:-2])
     saved = json.loads((tmp_path / "cost.json").read_text(encoding="utf-8"))["models"]["llama-256"]
     assert saved["toast"]["kernels / base"] > saved["toast-fused"]["kernels / base"] > 1.9

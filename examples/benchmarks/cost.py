@@ -6,13 +6,14 @@
 The models are made from configs with random weights; what they compute does not matter here. Each method is measured
 right after what it is compared with, the base model (forward and decoding) or LoRA (training step), and the table has
 the medians of these ratios over the rounds, so that a noisy machine slows both alike. `toast-fused` is `toast` with
-fused feedback, which is for inference.
+fused feedback, which is for inference; `toast-stored` is a training step of `toast` with stored features.
 """
 
 import argparse
 import copy
 import itertools
 import json
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -39,8 +40,10 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from toast_peft import store_features
+
 Inputs = dict[str, Any]
-FUSED = "-fused"
+FUSED, STORED = "-fused", "-stored"
 
 
 def _vit(size: int, heads: int) -> tuple[type[nn.Module], PreTrainedConfig]:
@@ -79,9 +82,9 @@ class Arguments:
     methods: list[str] = field(
         default_factory=lambda: ["toast", "toast-lite", "toast-lite-early", "toast-lite-late"],
         metadata={
-            "help": f"Methods of `methods.py` besides LoRA, those of TOAST also with {FUSED!r} at the end.",
+            "help": f"Methods of `methods.py` besides LoRA; of TOAST also with {FUSED!r} or {STORED!r} at the end.",
             "choices": [name for name, method in METHODS.items() if method.config]
-            + [name + FUSED for name in METHODS if name.startswith("toast")],
+            + [name + suffix for name in METHODS if name.startswith("toast") for suffix in (FUSED, STORED)],
         },
     )
     device: str = field(default="cpu", metadata={"help": "Device to measure on."})
@@ -100,7 +103,7 @@ def make_model(arguments: Arguments, shape: str, method: str) -> nn.Module:
     model = model_class(copy.deepcopy(config)).to(arguments.device, getattr(torch, arguments.dtype))
     model = model.requires_grad_(False)
     if method != "base":
-        model = apply_method(model, method.removesuffix(FUSED))
+        model = apply_method(model, method.removesuffix(FUSED).removesuffix(STORED))
     if method.endswith(FUSED):
         model.eval().fuse_feedback()
     if arguments.compile_model:
@@ -118,6 +121,16 @@ def make_inputs(arguments: Arguments, shape: str) -> Inputs:
         return {"pixel_values": images, "labels": torch.zeros(size[:1], dtype=torch.long, device=device)}
     ids = torch.randint(0, config.vocab_size, size, device=device)
     return {"input_ids": ids, "labels": ids, "use_cache": False}
+
+
+def with_stored_features(model: nn.Module, inputs: Inputs) -> Inputs:
+    """The batch with what pass 1 makes of it, from files as in training."""
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    rows = [dict(zip(tensors, row, strict=True)) for row in zip(*tensors.values(), strict=True)]
+    with tempfile.TemporaryDirectory() as folder:
+        stored = store_features(model, rows, folder, batch_size=len(rows))
+        batch = stored.collate([stored[index] for index in range(len(rows))])
+        return inputs | {name: value.clone() for name, value in batch.items()}
 
 
 def seconds(function: Callable[[], object], device: str) -> float:
@@ -222,12 +235,16 @@ def measure(arguments: Arguments, shape: str) -> pd.DataFrame:
         One row for each method, of ratios (medians over the rounds) and megabytes.
     """
     models = {name: make_model(arguments, shape, name) for name in dict.fromkeys(["base", "lora", *arguments.methods])}
-    inputs = make_inputs(arguments, shape)
+    inputs = {name: make_inputs(arguments, shape) for name in models}
+    for name in models:
+        if name.endswith(STORED):
+            inputs[name] = with_stored_features(models[name], inputs[name])
     table = times(models, inputs, arguments)
     if not arguments.compile_model:
-        operations = pd.DataFrame({name: forward_operations(model, inputs) for name, model in models.items()}).T
+        both = [(name, model, inputs[name]) for name, model in models.items()]
+        operations = pd.DataFrame({n: forward_operations(model, given) for n, model, given in both if runs_alone(n)}).T
         table[["FLOPs / base", "kernels / base"]] = operations / operations.loc["base"]
-        megabytes = {name: activation_megabytes(model, inputs) for name, model in models.items() if is_trained(name)}
+        megabytes = {name: activation_megabytes(model, given) for name, model, given in both if is_trained(name)}
         table["activations kept, MB"] = pd.Series(megabytes)
     return table
 
@@ -237,18 +254,23 @@ def is_trained(method: str) -> bool:
     return method != "base" and not method.endswith(FUSED)
 
 
-def times(models: dict[str, nn.Module], inputs: Inputs, arguments: Arguments) -> pd.DataFrame:
+def runs_alone(method: str) -> bool:
+    """Whether there is inference to measure."""
+    return not method.endswith(STORED)
+
+
+def times(models: dict[str, nn.Module], inputs: dict[str, Inputs], arguments: Arguments) -> pd.DataFrame:
     """Ratios of times, each of two calls one right after the other."""
     timers: dict[str, Callable] = {"forward / base": forward_time, "training step / lora": training_time}
-    if "input_ids" in inputs:
+    if "input_ids" in inputs["base"]:
         timers["decoding / base"] = decoding_time
     ratios = []
     for round_index in tqdm(range(arguments.rounds + 1), desc="rounds"):
         for method, (name, timer) in itertools.product(models, timers.items()):
-            if timer is training_time and not is_trained(method):
+            if not (is_trained if timer is training_time else runs_alone)(method):
                 continue
-            compared = models[name.rpartition(" / ")[2]]
-            expected, found = (timer(model, inputs, arguments.device) for model in (compared, models[method]))
+            both = (name.rpartition(" / ")[2], method)
+            expected, found = (timer(models[one], inputs[one], arguments.device) for one in both)
             ratios.append((round_index, method, name, found / expected))
     frame = pd.DataFrame(ratios, columns=["round", "method", "what", "ratio"]).query("round > 0")
     return frame.groupby(["method", "what"])["ratio"].median().unstack().loc[list(models), list(timers)]
@@ -271,6 +293,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(table.astype(object).where(table.notna(), None).to_markdown(floatfmt=formats, missingval="-"))
     if parsed.output_file:
         described = {"arguments": asdict(parsed), "torch": torch.__version__, "threads": torch.get_num_threads()}
+        Path(parsed.output_file).parent.mkdir(parents=True, exist_ok=True)
         Path(parsed.output_file).write_text(json.dumps(described | {"models": results}, indent=1), encoding="utf-8")
 
 
