@@ -44,7 +44,7 @@ from toast_peft.families.convnets import CONVNETS
 from toast_peft.families.hierarchies import HIERARCHIES
 from toast_peft.families.model_types import ARCHITECTURES
 
-from .tiny_transformers import auto_mapping_of, tiny_model
+from .tiny_transformers import auto_mapping_of, model_that_may_not_run, tiny_model
 
 _TIME_LIMIT = 60  # seconds of processor time for each model type
 _FOUND_BY_ROW = {*ARCHITECTURES, *CONVNETS, *HIERARCHIES}
@@ -76,7 +76,7 @@ def examine(model_type: str) -> Row:
         with contextlib.suppress(Exception):
             generated = _cached_and_not(base, inputs)
     except Exception as error:  # the model itself
-        return Row(model_type, "", "not tried", f"{type(error).__name__}: {error}")
+        return _without_inputs(model_type, f"{type(error).__name__}: {error}")
     try:
         model = get_peft_model(base, TopDownConfig()).eval()
     except (ValueError, NotImplementedError) as error:  # the latter from PEFT, to LoRA as well
@@ -100,6 +100,19 @@ def examine(model_type: str) -> Row:
         except Exception as error:
             return Row(model_type, found, "wrong", f"{name}: {type(error).__name__}: {error}")
     return Row(model_type, found, "right", ", ".join(passed))
+
+
+def _without_inputs(model_type: str, why: str) -> Row:
+    """Whether a model that does not run here is refused by its structure."""
+    try:
+        model = model_that_may_not_run(model_type)
+    except Exception:  # the reason is known already
+        return Row(model_type, "", "not tried", why)
+    try:
+        get_peft_model(model, TopDownConfig(init_prompt="random"))  # with which no model runs
+    except (ValueError, NotImplementedError) as error:
+        return Row(model_type, "", "refused", str(error))
+    return Row(model_type, "", "not tried", why)
 
 
 def outputs_of(model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:

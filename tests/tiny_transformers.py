@@ -202,6 +202,15 @@ def tiny_model(model_type: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     raise RuntimeError(" | ".join(errors))
 
 
+def model_that_may_not_run(model_type: str) -> nn.Module:
+    """A tiny model for which inputs need not be known, or else the one of the default config, without weights."""
+    for sizes in _TRIES:
+        with contextlib.suppress(Exception):
+            return _model(model_type, sizes)
+    with torch.device("meta"):
+        return model_class_of(model_type)(CONFIG_MAPPING[model_type]())
+
+
 def _model(model_type: str, sizes: dict[str, Any]) -> nn.Module:
     torch.manual_seed(0)
     config = tiny_config(CONFIG_MAPPING[model_type], sizes)
