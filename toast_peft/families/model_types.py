@@ -70,20 +70,29 @@ ARCHITECTURES = {
     "vit": _VIT,
 }
 
+_MAPS = "its hidden states are maps with the channels first, and its attention sees them as tokens"
+_RUN_FROM_OUTSIDE = "its blocks are run by another module than the one that holds them"
 _STATE = "it keeps a state outside of a key-value cache, which pass 1 would advance as well"
 # Model types that have a value projection in each block and cannot be run twice, or not steered by its input, and why.
 # What can be seen from a model is not listed: blocks inside of blocks, and value projections of another width than the
 # hidden states.
 UNSUITABLE = {
+    "bridgetower_text_model": _RUN_FROM_OUTSIDE,
     "codegen": "the values are between the queries and the keys in the output of its fused projection",
     "deepseek_v4": "its blocks hand on several copies of the hidden states, and the attention sees one of them",
+    "diffusion_gemma": "its decoder reads the key-value cache that its encoder fills",
+    "efficientloftr": _MAPS,
     "eomt": "it adds tokens to the hidden states between its blocks",
     "eomt_dinov3": "it adds tokens to the hidden states between its blocks",
     "gemma3n_text": "its blocks hand on several copies of the hidden states, and the attention sees one of them",
-    "granite_docling_vision": "its blocks are run by another module than the one that holds them",
+    "granite_docling_vision": _RUN_FROM_OUTSIDE,
+    "informer": "its encoder halves the number of tokens between its blocks",
     "led": "its attention swaps the batch and the tokens",
+    "lightglue": "it drops tokens between its blocks",
     "longformer": "its attention swaps the batch and the tokens",
     "minimax": "the state of its linear attention is in a cache of its own kind, which holds one pass only",
+    "moonshine_streaming": "its decoder writes into the states of its encoder, in the second pass once more",
+    "muse_glimmer_assistant": "its attention projects states of another model by the same layers as its tokens",
     "openai-gpt": "its blocks return their hidden states in a list",
     "mra": "its attention computes zeros where there is no CUDA kernel for it, and this one has not been tried",
     "patchtst": "its attention has the channels of a series as rows of the batch",
@@ -94,7 +103,7 @@ UNSUITABLE = {
     "vilt": "it puts the patches of an image into a random order, another one in each pass",
     "t5_gemma_module": "the second pass of its decoder does not compute what a single one does",
     "t5gemma2_decoder": "the second pass of its decoder does not compute what a single one does",
-    "vitdet": "its hidden states are maps with the channels first, and its attention sees them as tokens",
+    "vitdet": _MAPS,
     "videomt": "it adds tokens to the hidden states between its blocks",
     "vit_mae": "it puts the patches of an image into a random order, another one in each pass",
     "wavlm": "its attention computes with the weight of the value projection, past the layer",
