@@ -135,7 +135,7 @@ INPUTS: dict[str, Callable[[Any, torch.Generator], Inputs]] = {
     },
     "kosmos-2": _kosmos2,
     "lightglue": _pair_of_images,
-    "mask2former": _sound(1, 3, 64, 64, name="pixel_values"),
+    "mask2former": _sound(1, 3, 128, 128, name="pixel_values"),
     "mimi_decoder": _sound(2, 32, 9, name="latents"),
     **dict.fromkeys(
         ["minicpm_ocr_vision", "minicpmv4_7_vision"],
@@ -184,8 +184,8 @@ INPUTS: dict[str, Callable[[Any, torch.Generator], Inputs]] = {
     "timesfm": lambda config, generator: _timesfm(config, generator) | {"freq": torch.zeros(2, 1, dtype=torch.long)},
     "timesfm2_5": _timesfm,
     "tvp": lambda config, generator: {
-        "input_ids": _ids(generator, 2, 9),
-        "pixel_values": torch.randn(2, config.num_frames, 3, 128, 128, generator=generator),
+        "input_ids": _ids(generator, 1, 9),
+        "pixel_values": torch.randn(1, config.num_frames, 3, 128, 128, generator=generator),
     },
     "video_llama_3_vision": _patches(192, merge_sizes=torch.tensor([2])),
     "voxtral_realtime": lambda config, generator: {

@@ -11,6 +11,21 @@ _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _ROPE_BY_LAYER = {"full_attention": _ROPE, "sliding_attention": _ROPE}
 _SAM = {"vision_config": {"output_channels": 32, "num_pos_feats": 16}}
 _PYRAMID = {"feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32, "backbone_config": _STAGES}
+# Kernel, stride and padding of the convolutions of a text detector.
+_STRIPES = {
+    "reduce_channel": [1, 1, 0],
+    "return_channel": [1, 1, 0],
+    **{
+        name: convolution
+        for ratio, size in (("long", 7), ("mid", 5), ("short", 3))
+        for name, convolution in (
+            (f"vertical_long_to_small_conv_{ratio}ratio", [[size, 1], 1, [size // 2, 0]]),
+            (f"horizontal_small_to_long_conv_{ratio}ratio", [[1, size], 1, [0, size // 2]]),
+            (f"symmetric_conv_long_{ratio}ratio", [size, 1, size // 2]),
+        )
+    },
+}
+_TEXT_DETECTOR = {"intraclass_block_config": _STRIPES, "scale_factor_list": [1, 2, 4, 8], "kernel_list": [3, 2, 2]}
 _MAPS = [[16, 16], [8, 8], [4, 4]]  # of an image of 64 x 64 pixels
 _INDEXER = {f"indexer_{name}": size for name, size in (("n_heads", 2), ("kv_heads", 1), ("head_dim", 8))}
 
@@ -49,6 +64,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "text_config": {
             "hidden_size_per_layer_input": 0,
             "vocab_size_per_layer_input": 0,
+            "num_hidden_layers": 4,
             "num_kv_shared_layers": 4,
         }
     },
@@ -86,7 +102,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "mask2former": _PYRAMID,
     "nemo_speechlm": {"word_timestamp_config": {"num_attention_heads": 4}},
     "nemotron3_diarization": {"head_config": {"audio_hidden_size": 32}},
+    "omdet-turbo": {"encoder_in_channels": [8, 16, 32]},
     "oneformer": _PYRAMID,
+    **dict.fromkeys(["pp_ocrv5_server_det", "pp_ocrv6_medium_det"], _TEXT_DETECTOR),
     "qwen3_omni_moe": {
         "talker_config": {"spatial_merge_size": 2, "text_config": {"shared_expert_intermediate_size": 16}}
     },
@@ -97,7 +115,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             "backbone_feature_sizes": _MAPS,
         }
     },
-    "sam2_hiera_det_model": {"embed_dim_per_stage": [32, 64, 128, 256], "blocks_per_stage": [1, 2, 2, 1]},
+    "sam2_hiera_det_model": {"embed_dim_per_stage": [32, 64, 128, 256], "blocks_per_stage": [1, 2, 2, 1], "global_attention_blocks": [4]},
     "sam3_tracker": {
         "vision_config": {"fpn_hidden_size": 32, "backbone_feature_sizes": _MAPS}
     },

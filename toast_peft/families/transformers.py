@@ -104,7 +104,8 @@ def _stacks_by_architecture(
         )
     if len(known) > 1 and not _is_encoder_decoder(model):
         first = min(known)
-        example = rf"{re.escape(first)}\..*{known[first].value_projection.rpartition('.')[2]}"
+        blocks = re.escape(join_names(first, known[first].blocks))
+        example = rf"{blocks}\..*{known[first].value_projection.rpartition('.')[2]}"
         raise ValueError(
             f"{type(model).__name__} has several stacks of blocks: {sorted(known)}. Choose one with `target_modules`, "
             f"for example target_modules=r'{example}'."
