@@ -10,8 +10,8 @@ A model type is *right* if with `TopDownConfig()`, so without any help,
 - cache: generation with a cache computes what generation without one does,
 - loading: a saved adapter on a new model gives the same output.
 
-A model type may be *refused*, by a sentence, before anything is changed. All else is *wrong*. Each type runs in a
-process of its own, with a time limit.
+A model type may be *refused*, by a sentence, before anything is changed; this needs no inputs. All else is *wrong*.
+Each type runs in a process of its own, with a time limit.
 """
 
 import argparse
@@ -340,7 +340,8 @@ def _examine_quietly(model_type: str, sender: Connection) -> None:
 _WHAT_THIS_IS = """All {all} model types of transformers {version} that an auto class makes a model of, each tried
 with `TopDownConfig()` on a tiny random model. {right} are right: {by_row} of them by a row of ours that says where
 their value projections are, the others by their structure. {refused} are refused by an error before anything is
-changed, {wrong} go wrong, and of {not_tried} no tiny model could be made that runs.
+changed, for which a model need not run. {wrong} go wrong, and {not_tried} are not tried, as no tiny model could be
+made that runs here. Vision towers of timm are replaced by a small ResNet or ViT.
 
 *start*: a new adapter changes nothing. *values*: in the first block feedback changes the values of the attention, and
 not its queries and keys. *gradients*: they reach every trained part. *cache*: generation with a cache computes what it

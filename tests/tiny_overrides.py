@@ -6,6 +6,7 @@ _STAGES = {"out_indices": [1, 2, 3, 4]}  # of a backbone with four blocks
 _TOKENS_OF_STAGES = _STAGES | {"reshape_hidden_states": False}
 _DPT = {"neck_hidden_sizes": [8, 8, 8, 8], "fusion_hidden_size": 8, "backbone_config": _TOKENS_OF_STAGES}
 _SERIES = {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2], "num_time_features": 1}
+_DAC = {"downsampling_ratios": [8, 5, 4, 2], "upsampling_ratios": [8, 5, 4, 2]}
 _HUBERT = {"conv_dim": (16,) * 7, "conv_stride": (5, 2, 2, 2, 2, 2, 2), "conv_kernel": (10, 3, 3, 3, 3, 2, 2)}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _ROPE_BY_LAYER = {"full_attention": _ROPE, "sliding_attention": _ROPE}
@@ -98,11 +99,24 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "kosmos-2": {"latent_query_num": 4},
     "llama4": {"vision_config": {"projector_input_dim": 32}},
     "lw_detr": {"projector_scale_factors": [1.0]},
-    "lw_detr_vit": {"num_windows": 4, "pretrain_image_size": 32, "out_indices": [1, 2, 3, 4], "window_block_indices": [0]},
+    "lw_detr_vit": {
+        "num_windows": 4,
+        "pretrain_image_size": 32,
+        "out_indices": [1, 2, 3, 4],
+        "window_block_indices": [0],
+    },
     "mask2former": _PYRAMID,
     "nemo_speechlm": {"word_timestamp_config": {"num_attention_heads": 4}},
     "nemotron3_diarization": {"head_config": {"audio_hidden_size": 32}},
-    "omdet-turbo": {"encoder_in_channels": [8, 16, 32]},
+    "omdet-turbo": {
+        "encoder_in_channels": [8, 8, 16],
+        "apply_layernorm_after_vision_backbone": False,
+        "text_projection_in_dim": 32,
+        "text_projection_out_dim": 32,
+        "class_embed_dim": 32,
+        "vision_features_channels": [32, 32, 32],
+        "decoder_hidden_dim": 16,
+    },
     "oneformer": _PYRAMID,
     **dict.fromkeys(["pp_ocrv5_server_det", "pp_ocrv6_medium_det"], _TEXT_DETECTOR),
     "qwen3_omni_moe": {
@@ -115,17 +129,23 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             "backbone_feature_sizes": _MAPS,
         }
     },
-    "sam2_hiera_det_model": {"embed_dim_per_stage": [32, 64, 128, 256], "blocks_per_stage": [1, 2, 2, 1], "global_attention_blocks": [4]},
-    "sam3_tracker": {
-        "vision_config": {"fpn_hidden_size": 32, "backbone_feature_sizes": _MAPS}
+    "sam2_hiera_det_model": {
+        "embed_dim_per_stage": [32, 64, 128, 256],
+        "blocks_per_stage": [1, 2, 2, 1],
+        "global_attention_blocks": [4],
     },
+    "sam3_tracker": {"vision_config": {"fpn_hidden_size": 32, "backbone_feature_sizes": _MAPS}},
     "seggpt": {"image_size": (64, 32), "pretrain_image_size": 32},
     "superglue": {
         "keypoint_encoder_sizes": [8, 16, 32],
         "keypoint_detector_config": {"descriptor_decoder_dim": 32},
     },
-    "tvp": {"max_img_size": 128, "visual_prompt_size": 8},
-    "xcodec": {"semantic_model_config": _HUBERT},
+    "tvp": {
+        "max_img_size": 128,
+        "visual_prompt_size": 8,
+        "backbone_config": {"embedding_size": 8, "hidden_sizes": [8, 8, 16, 32], "depths": [1] * 4},
+    },
+    "xcodec": {"acoustic_model_config": _DAC, "semantic_model_config": _HUBERT},
     "perceiver": {
         "num_latents": 6,
         "d_latents": 32,

@@ -119,3 +119,6 @@ UNSUITABLE = {
     "wavlm": "its attention computes with the weight of the value projection, past the layer",
     "xlstm": _STATE,
 }
+# The same of whole models, whichever of their parts is adapted.
+_DETACHED = "it takes the hidden states of its transformer out of the gradients"
+UNSUITABLE_AS_A_WHOLE = {"higgs_audio_v2_tokenizer": _DETACHED, "xcodec": _DETACHED}
