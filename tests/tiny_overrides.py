@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from transformers import ResNetConfig
+
 _STAGES = {"out_indices": [1, 2, 3, 4]}  # of a backbone with four blocks
 _TOKENS_OF_STAGES = _STAGES | {"reshape_hidden_states": False}
 _DPT = {"neck_hidden_sizes": [8, 8, 8, 8], "fusion_hidden_size": 8, "backbone_config": _TOKENS_OF_STAGES}
@@ -11,6 +13,7 @@ _HUBERT = {"conv_dim": (16,) * 7, "conv_stride": (5, 2, 2, 2, 2, 2, 2), "conv_ke
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _ROPE_BY_LAYER = {"full_attention": _ROPE, "sliding_attention": _ROPE}
 _SAM = {"vision_config": {"output_channels": 32, "num_pos_feats": 16}}
+_RESNET = {"embedding_size": 8, "hidden_sizes": [8, 8, 16, 32], "depths": [1] * 4}
 _PYRAMID = {"feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32, "backbone_config": _STAGES}
 # Kernel, stride and padding of the convolutions of a text detector.
 _STRIPES = {
@@ -109,12 +112,14 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "nemo_speechlm": {"word_timestamp_config": {"num_attention_heads": 4}},
     "nemotron3_diarization": {"head_config": {"audio_hidden_size": 32}},
     "omdet-turbo": {
-        "encoder_in_channels": [8, 8, 16],
+        "backbone_config": ResNetConfig(**_RESNET, out_indices=[2, 3, 4]),
+        "encoder_in_channels": [8, 16, 32],
         "apply_layernorm_after_vision_backbone": False,
         "text_projection_in_dim": 32,
         "text_projection_out_dim": 32,
         "class_embed_dim": 32,
-        "vision_features_channels": [32, 32, 32],
+        "vision_features_channels": [16, 16, 16],
+        "encoder_hidden_dim": 16,
         "decoder_hidden_dim": 16,
     },
     "oneformer": _PYRAMID,
@@ -143,7 +148,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "tvp": {
         "max_img_size": 128,
         "visual_prompt_size": 8,
-        "backbone_config": {"embedding_size": 8, "hidden_sizes": [8, 8, 16, 32], "depths": [1] * 4},
+        "backbone_config": _RESNET,
     },
     "xcodec": {"acoustic_model_config": _DAC, "semantic_model_config": _HUBERT},
     "perceiver": {
