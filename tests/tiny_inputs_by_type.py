@@ -51,11 +51,15 @@ def _masked_sound(length: int) -> Callable[[Any, torch.Generator], Inputs]:
     }
 
 
-def _patches(width: int, grid: str = "grid_thw", **more: Any) -> Callable[[Any, torch.Generator], Inputs]:
+def _patches(width: int, **more: Any) -> Callable[[Any, torch.Generator], Inputs]:
     """An image of 4 x 4 patches."""
 
     def inputs(config: Any, generator: torch.Generator) -> Inputs:
-        return {"pixel_values": torch.randn(16, width, generator=generator), grid: torch.tensor([[1, 4, 4]]), **more}
+        return {
+            "pixel_values": torch.randn(16, width, generator=generator),
+            "grid_thw": torch.tensor([[1, 4, 4]]),
+            **more,
+        }
 
     return inputs
 
