@@ -93,6 +93,7 @@ UNSUITABLE = {
     "lightglue": "it drops tokens between its blocks",
     "longformer": "its attention swaps the batch and the tokens",
     **dict.fromkeys(["minicpm_ocr_vision", "minicpmv4_6_vision", "minicpmv4_7_vision"], _RUN_FROM_OUTSIDE),
+    **dict.fromkeys(["lw_detr", "rf_detr"], "in training, its attention has groups of queries as rows of the batch"),
     "minimax": "the state of its linear attention is in a cache of its own kind, which holds one pass only",
     "moonshine_streaming": "its decoder writes into the states of its encoder, in the second pass once more",
     "muse_glimmer_assistant": "its attention projects states of another model by the same layers as its tokens",
