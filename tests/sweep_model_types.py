@@ -46,7 +46,7 @@ from toast_peft.families.model_types import ARCHITECTURES
 
 from .tiny_transformers import auto_mapping_of, model_that_may_not_run, tiny_model
 
-_TIME_LIMIT = 60  # seconds of processor time for each model type
+_TIME_LIMIT = 120  # seconds of processor time for each model type
 _FOUND_BY_ROW = {*ARCHITECTURES, *CONVNETS, *HIERARCHIES}
 
 
@@ -330,7 +330,7 @@ def _examine_quietly(model_type: str, sender: Connection) -> None:
     sys.stdout = sys.stderr = open(os.devnull, "w")
     warnings.filterwarnings("ignore")
     logging.disable()
-    resource.setrlimit(resource.RLIMIT_CPU, (_TIME_LIMIT, _TIME_LIMIT))
+    resource.setrlimit(resource.RLIMIT_CPU, (_TIME_LIMIT, _TIME_LIMIT + 10))  # at the second one it could not tell why
     sender.send(examine(model_type))
 
 
