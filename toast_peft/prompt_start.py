@@ -77,7 +77,8 @@ def _run_once(model: nn.Module, statistics: list[Statistics]) -> list[float]:
     if any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise RuntimeError("its weights are sharded")
     runnable = _innermost_model(model, [collected.backbone for collected in statistics])
-    with _active([collected.path.selection for collected in statistics], statistics[0].adapter_name):
+    selections = [collected.path.selection for collected in statistics]
+    with _numbers_restored(model), _active(selections, statistics[0].adapter_name):
         inputs = _inputs(runnable)
         collect(runnable, [inputs], statistics)
         for collected in statistics:
@@ -120,6 +121,22 @@ def _active(selections: list[FeatureSelection], adapter_name: str) -> Iterator[N
     finally:
         for part, active, disabled, current in before:
             part._active_adapter, part._disable_adapters, part.state.current = active, disabled, current
+
+
+@contextmanager
+def _numbers_restored(model: nn.Module) -> Iterator[None]:
+    """Put the numbers that modules hold back to what they were: Swin remembers the smallest image that it has seen."""
+    before = [
+        (module, name, value)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, int)
+    ]
+    try:
+        yield
+    finally:
+        for module, name, value in before:
+            vars(module)[name] = value
 
 
 def _inputs(model: nn.Module) -> dict[str, Any]:

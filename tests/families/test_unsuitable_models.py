@@ -29,6 +29,7 @@ _EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1, "layer_types": ["l
 _AUDIO = {"conv_dim": (16, 16), "conv_stride": (2, 2), "conv_kernel": (3, 3), "num_conv_pos_embedding_groups": 2}
 _SERIES = {"num_input_channels": 2, "context_length": 16, "patch_length": 4, "d_model": 32, "num_attention_heads": 4}
 _LED = {"vocab_size": 40, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4}
+_LAYERS = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2}
 _STATE = "state outside of a key-value cache"
 
 # Config -> its value projections, and what is said.
@@ -55,6 +56,12 @@ UNSUITABLE: dict[str, tuple[Callable[[], tf.PretrainedConfig], str, str]] = {
     "xlstm": (lambda: tf.xLSTMConfig(hidden_size=32, num_hidden_layers=2, num_heads=2), "mlstm_layer.v", _STATE),
     "led": (lambda: tf.LEDConfig(**_LED), "longformer_self_attn.value", "swaps the batch"),
     "wavlm": (lambda: tf.WavLMConfig(**_SIZES, **_AUDIO), "v_proj", "weight of the value projection"),
+    "informer": (
+        lambda: tf.InformerConfig(prediction_length=4, lags_sequence=[1, 2], **_LAYERS),
+        "self_attn.v_proj",
+        "halves the number of tokens",
+    ),
+    "xcodec": (lambda: tf.XcodecConfig(), "v_proj", "out of the gradients"),
     "zamba2": (
         lambda: tf.Zamba2Config(**_TEXT | _MAMBA, layers_block_type=["mamba", "hybrid"], num_mem_blocks=1),
         "v_proj",

@@ -301,6 +301,18 @@ def test_a_model_that_raises_is_as_it_was_and_has_its_adapter() -> None:
     assert output_of(model.eval()).isfinite().all() and feedback_statistics(model)["open_tokens"] > 0
 
 
+def test_swin_does_not_remember_the_image_of_the_start() -> None:
+    """Its blocks keep the window of the smallest image that they have seen."""
+    sizes = {"embed_dim": 8, "depths": [2, 2], "num_heads": [2, 2]}
+    model = tf.SwinModel(tf.SwinConfig(image_size=56, patch_size=4, window_size=7, **sizes)).eval()
+    windows = [(block.window_size, block.shift_size) for layer in model.encoder.layers for block in layer.blocks]
+    with no_sentence():
+        adapted(model)
+    assert windows == [
+        (block.window_size, block.shift_size) for layer in model.encoder.layers for block in layer.blocks
+    ]
+
+
 def test_encoder_and_decoder_get_prompts_of_their_own() -> None:
     model = adapted(tiny_model(tf.T5ForConditionalGeneration))
     encoder, decoder = prompts_of(model)

@@ -70,33 +70,56 @@ ARCHITECTURES = {
     "vit": _VIT,
 }
 
+_COPIES = "its blocks hand on several copies of the hidden states, and the attention sees one of them"
+_MAPS = "its hidden states are maps with the channels first, and its attention sees them as tokens"
+_RUN_FROM_OUTSIDE = "its blocks are run by another module than the one that holds them"
 _STATE = "it keeps a state outside of a key-value cache, which pass 1 would advance as well"
 # Model types that have a value projection in each block and cannot be run twice, or not steered by its input, and why.
 # What can be seen from a model is not listed: blocks inside of blocks, and value projections of another width than the
 # hidden states.
 UNSUITABLE = {
+    "bridgetower_text_model": _RUN_FROM_OUTSIDE,
     "codegen": "the values are between the queries and the keys in the output of its fused projection",
-    "deepseek_v4": "its blocks hand on several copies of the hidden states, and the attention sees one of them",
+    "deepseek_v4": _COPIES,
+    "diffusion_gemma": "its decoder reads the key-value cache that its encoder fills",
+    "efficientloftr": _MAPS,
     "eomt": "it adds tokens to the hidden states between its blocks",
     "eomt_dinov3": "it adds tokens to the hidden states between its blocks",
-    "gemma3n_text": "its blocks hand on several copies of the hidden states, and the attention sees one of them",
-    "granite_docling_vision": "its blocks are run by another module than the one that holds them",
+    "gemma3n_text": _COPIES,
+    "granite_docling_vision": _RUN_FROM_OUTSIDE,
+    "granite_speech5_encoder": "it shortens the sequence between its blocks",
+    "informer": "its encoder halves the number of tokens between its blocks",
     "led": "its attention swaps the batch and the tokens",
+    "lightglue": "it drops tokens between its blocks",
     "longformer": "its attention swaps the batch and the tokens",
+    **dict.fromkeys(["minicpm_ocr_vision", "minicpmv4_6_vision", "minicpmv4_7_vision"], _RUN_FROM_OUTSIDE),
+    **dict.fromkeys(["lw_detr", "rf_detr"], "in training, its attention has groups of queries as rows of the batch"),
     "minimax": "the state of its linear attention is in a cache of its own kind, which holds one pass only",
+    "moonshine_streaming": "its decoder writes into the states of its encoder, in the second pass once more",
+    "muse_glimmer_assistant": "its attention projects states of another model by the same layers as its tokens",
     "openai-gpt": "its blocks return their hidden states in a list",
     "mra": "its attention computes zeros where there is no CUDA kernel for it, and this one has not been tried",
     "patchtst": "its attention has the channels of a series as rows of the batch",
     "pegasus_x": "its attention projects tokens of its own by the same layers as those of the text",
+    "qwen4_exp_text": _COPIES,
     "recurrent_gemma": _STATE,
     "reformer": _STATE,
     "rwkv": _STATE,
+    **dict.fromkeys(
+        ["sam_hq_mask_decoder", "sam_mask_decoder", "sam2_mask_decoder", "sam3_tracker_mask_decoder"],
+        "its blocks have two streams of hidden states, of points and of an image",
+    ),
+    "seggpt": "it merges the two images of an example between its blocks",
+    "superglue": "in every other block, the values are of the other image of a pair",
     "vilt": "it puts the patches of an image into a random order, another one in each pass",
     "t5_gemma_module": "the second pass of its decoder does not compute what a single one does",
     "t5gemma2_decoder": "the second pass of its decoder does not compute what a single one does",
-    "vitdet": "its hidden states are maps with the channels first, and its attention sees them as tokens",
+    "vitdet": _MAPS,
     "videomt": "it adds tokens to the hidden states between its blocks",
     "vit_mae": "it puts the patches of an image into a random order, another one in each pass",
     "wavlm": "its attention computes with the weight of the value projection, past the layer",
     "xlstm": _STATE,
 }
+# The same of whole models, whichever of their parts is adapted.
+_DETACHED = "it takes the hidden states of its transformer out of the gradients"
+UNSUITABLE_AS_A_WHOLE = {"higgs_audio_v2_tokenizer": _DETACHED, "xcodec": _DETACHED}

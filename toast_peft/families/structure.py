@@ -85,7 +85,8 @@ def _outermost_lists(model: nn.Module, known: dict[str, Architecture]) -> list[t
     taken = [f"{backbone}." if backbone else "" for backbone in known]
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) and not name.startswith(tuple(taken)):
-            if any(_value_projections(block) or _without_value_projection(block) for block in module):
+            blocks = [block for block in module if block is not None]  # Informer has a convolution, or none, for each
+            if any(_value_projections(block) or _without_value_projection(block) for block in blocks):
                 lists.append((name, module))
                 taken.append(f"{name}.")
     return lists

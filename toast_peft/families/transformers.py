@@ -1,6 +1,7 @@
 """Finds the stacks of blocks in a model, and in each block the value projection that receives feedback."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -13,7 +14,7 @@ from ..core.layers import FeedbackPath
 from ..core.stack import Stack
 from ..core.value_projection import ValueColumns, input_size, output_size
 from .lookup import blocks_at, find_submodule, join_names, known_backbones, model_type_of
-from .model_types import ARCHITECTURES, UNSUITABLE, Architecture
+from .model_types import ARCHITECTURES, UNSUITABLE, UNSUITABLE_AS_A_WHOLE, Architecture
 from .structure import FUSED_PROJECTIONS, LATENT, architectures_by_structure, is_cross_attention, log_found
 
 # The last part of the name of layers that compute something else than values.
@@ -66,6 +67,7 @@ def find_transformer_stacks(model: nn.Module, config: TopDownConfig) -> list[Tra
         ValueError: if the model type is unknown and no value projections are named, if the named modules are not one
             value projection in each block of one stack, or if no block is left.
     """
+    _refuse_unsuitable(model, UNSUITABLE_AS_A_WHOLE)
     known = known_backbones(model, ARCHITECTURES)
     found, reasons = architectures_by_structure(model, known)
     if config.target_modules is None:
@@ -104,7 +106,8 @@ def _stacks_by_architecture(
         )
     if len(known) > 1 and not _is_encoder_decoder(model):
         first = min(known)
-        example = rf"{re.escape(first)}\..*{known[first].value_projection.rpartition('.')[2]}"
+        blocks = re.escape(join_names(first, known[first].blocks))
+        example = rf"{blocks}\..*{known[first].value_projection.rpartition('.')[2]}"
         raise ValueError(
             f"{type(model).__name__} has several stacks of blocks: {sorted(known)}. Choose one with `target_modules`, "
             f"for example target_modules=r'{example}'."
@@ -254,10 +257,10 @@ def _check_what_they_compute(
             )
 
 
-def _refuse_unsuitable(module: nn.Module) -> None:
+def _refuse_unsuitable(module: nn.Module, reasons: Mapping[str, str] = UNSUITABLE) -> None:
     model_type = model_type_of(module)
-    if model_type in UNSUITABLE:
-        raise ValueError(f"TOAST does not support the model type {model_type!r}: {UNSUITABLE[model_type]}.")
+    if model_type in reasons:
+        raise ValueError(f"TOAST does not support the model type {model_type!r}: {reasons[model_type]}.")
 
 
 def _check_that_it_can_run_twice(model: nn.Module, stack: TransformerStack) -> None:
