@@ -366,7 +366,8 @@ def page(rows: list[Row]) -> str:
 
 def _shortened(why: str) -> str:
     """The first sentence, without the advice that follows it."""
-    first = re.split(r"\. (?=[A-Z])| \| ", " ".join(why.split()))[0].replace("|", "/")
+    without_paths = re.sub(r" from '[^']*'", "", " ".join(why.split()))  # of this machine
+    first = re.split(r"\. (?=[A-Z])| \| ", without_paths)[0].replace("|", "/")
     return first if len(first) <= 250 else first[:247] + "..."
 
 
