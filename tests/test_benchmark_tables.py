@@ -1,15 +1,13 @@
 """The tables of the benchmarks: what a comparison shows, and what `cost.py` prints."""
 
 import json
-from functools import partialmethod
 from pathlib import Path
 
 import cost
 import pandas as pd
 import pytest
 import tables
-from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
+from transformers import LlamaConfig, LlamaForCausalLM
 
 
 def cells(markdown: str) -> list[list[str]]:
@@ -54,11 +52,3 @@ def test_costs_are_measured_next_to_the_base_model_and_lora(
     assert all(float(ratio) > 0 for ratio in toast[2:-2])
     saved = json.loads((tmp_path / "cost.json").read_text(encoding="utf-8"))["models"]["llama-256"]
     assert saved["toast"]["kernels / base"] > saved["toast-fused"]["kernels / base"] > 1.9
-
-
-def test_cost_of_a_compiled_model_that_has_not_run_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = ViTConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32)
-    monkeypatch.setitem(cost.MODELS, "vit-small", (ViTForImageClassification, config))
-    # The graphs are what may break, not the code that is made of them.
-    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
-    cost.main(["--rounds", "1", "--batch_size", "1", "--methods", "toast-lite-late", "--compile_model"])

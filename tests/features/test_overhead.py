@@ -82,7 +82,7 @@ def test_kernels(model_class: type, options: dict[str, Any], number: int, train:
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["evaluation", "training"])
-@pytest.mark.parametrize(("options", "number"), [({}, 940), ({"r": 4}, 1250)], ids=["full", "lite"])
+@pytest.mark.parametrize(("options", "number"), [({}, 950), ({"r": 4}, 1260)], ids=["full", "lite"])
 @pytest.mark.parametrize("model_class", MODELS)
 def test_python_calls(model_class: type, options: dict[str, Any], number: int, train: bool) -> None:
     """About 75 for each block, half of them those of torch for the two linear layers and the hooks."""
