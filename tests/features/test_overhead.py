@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from cost import Kernels
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..helpers import adapted
 from ..zoo import inputs_of
@@ -22,18 +22,6 @@ MODELS: dict[type, Callable[[], nn.Module]] = {
     ),
     tf.LlamaForCausalLM: lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**SHAPE, num_key_value_heads=2, vocab_size=99)),
 }
-
-
-class Kernels(TorchDispatchMode):
-    """Counts the operations that compute something; a view computes nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.number = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        self.number += not (func.is_view or func.overloadpacket is torch.ops.aten._unsafe_view)
-        return func(*args, **(kwargs or {}))
 
 
 def kernels(function: Callable[[], object]) -> int:

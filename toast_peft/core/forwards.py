@@ -189,7 +189,7 @@ class BackboneForward(ReplacedForward):
             self._first_pass(run, kwargs if cache is None else {**kwargs, **cache.in_first_pass})
             features, compared = self._features(run, config)
         else:
-            stored.check(self.origin(config))
+            stored.check(self._origin_of(run, config))
             cache, kwargs = None, self._without_cache(kwargs)
             skips = False  # the rows without feedback have no output of pass 1
             self._instead_of_first_pass(run, stored, kwargs)
@@ -260,7 +260,9 @@ class BackboneForward(ReplacedForward):
 
     def origin(self, config: TopDownConfig) -> Origin:
         """What pass 1 of an adapter is."""
-        run = self._new_run(config, {})
+        return self._origin_of(self._new_run(config, {}), config)
+
+    def _origin_of(self, run: Run, config: TopDownConfig) -> Origin:
         return Origin(run.feedback_from, run.feedback_to, self._normalizes(run, config))
 
     def _without_cache(self, kwargs: dict[str, Any]) -> dict[str, Any]:
