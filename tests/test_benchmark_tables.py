@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import cost
+import decoding
 import pandas as pd
 import pytest
 import tables
@@ -32,6 +33,19 @@ def test_a_table_has_means_and_deviations_of_the_tests_only() -> None:
     assert list(table.index) == ["`lora`", "`full`"]
     assert list(table["accuracy"]) == ["0.60 ± 0.14", "0.25"]
     assert list(table.loc["`full`"]) == ["1,234", "0.25", "1.0e-01", "1.0e-02", "2.5", "7", "3"]
+
+
+def test_decoding_is_measured_next_to_the_base_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    config = LlamaConfig(vocab_size=8192, hidden_size=16, intermediate_size=32, num_attention_heads=2)
+    monkeypatch.setitem(cost.MODELS, "llama-256", (LlamaForCausalLM, config))
+    methods = ["lora-merged", "toast-lite-fused", "toast-lite-drafted"]
+    decoding.main(["--rounds", "2", "--new_tokens", "3", "--methods", *methods])
+    head, *rows = cells(capsys.readouterr().out)
+    assert head[2:5] == ["a token / base", "ms for a token", "drafts that hold"]
+    assert [row[1] for row in rows] == methods
+    assert all(float(row[2]) > 0 and float(row[4]) == 1 for row in rows)
 
 
 def test_costs_are_measured_next_to_the_base_model_and_lora(

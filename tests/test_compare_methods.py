@@ -218,14 +218,15 @@ def test_images_of_a_file_are_read_with_the_columns_named(tmp_path: Path, monkey
     assert list(data["test"]["label"]) == list(rows["digit"])
 
 
-def toast_names(blocks: range, factors: tuple[str, ...] = ("",)) -> set[str]:
+def toast_names(blocks: range, factors: tuple[str, ...] = ("",), of_transform: tuple[str, ...] = ("",)) -> set[str]:
     layers = {
         f"layers.{block}.topdown_{linear}{factor}"
         for block in blocks
         for linear in ("linear1", "linear2")
         for factor in factors
     }
-    parts = layers | {"selection.topdown_prompt", "selection.topdown_transform"}
+    transform = {f"selection.topdown_transform{factor}" for factor in of_transform}
+    parts = layers | transform | {"selection.topdown_prompt"}
     return {f"vit.feedback_path.{part}.weight" for part in parts}
 
 
@@ -258,6 +259,7 @@ TRAINABLE = {
     "toast-late": toast_names(LATE),
     "toast-lite": toast_names(ALL, LITE),
     "toast-lite-initialized": toast_names(ALL, LITE),
+    "toast-lite-transform-8": toast_names(ALL, LITE, LITE),
     "toast-lite-early": toast_names(EARLY, LITE),
     "toast-lite-late": toast_names(LATE, LITE),
 }

@@ -6,6 +6,7 @@ adapters load with `PeftModel.from_pretrained`.
 
 from .callback import FeedbackCallback, feedback_statistics
 from .config import OFFICIAL_STAGES, TopDownConfig
+from .drafting import draft_with_first_pass
 from .initialization import initialize_feedback
 from .model import TopDownModel
 from .official import from_official_checkpoint
@@ -19,6 +20,7 @@ __all__ = [
     "StoredFeatures",
     "TopDownConfig",
     "TopDownModel",
+    "draft_with_first_pass",
     "feedback_statistics",
     "from_official_checkpoint",
     "initialize_feedback",

@@ -6,7 +6,8 @@
 The models are made from configs with random weights; what they compute does not matter here. Each method is measured
 right after what it is compared with, the base model (forward and decoding) or LoRA (training step), and the table has
 the medians of these ratios over the rounds, so that a noisy machine slows both alike. `toast-fused` is `toast` with
-fused feedback, which is for inference; `toast-stored` is a training step of `toast` with stored features.
+fused feedback, which is for inference; `toast-stored` is a training step of `toast` with stored features;
+`lora-merged` is LoRA merged into the base model.
 """
 
 import argparse
@@ -43,7 +44,7 @@ from transformers import (
 from toast_peft import store_features
 
 Inputs = dict[str, Any]
-FUSED, STORED = "-fused", "-stored"
+FUSED, STORED, MERGED = "-fused", "-stored", "-merged"
 
 
 def _vit(size: int, heads: int) -> tuple[type[nn.Module], PreTrainedConfig]:
@@ -82,9 +83,11 @@ class Arguments:
     methods: list[str] = field(
         default_factory=lambda: ["toast", "toast-lite", "toast-lite-early", "toast-lite-late"],
         metadata={
-            "help": f"Methods of `methods.py` besides LoRA; of TOAST also with {FUSED!r} or {STORED!r} at the end.",
+            "help": f"Methods of `methods.py` besides LoRA; of TOAST also with {FUSED!r} or {STORED!r} at the end, of "
+            f"LoRA with {MERGED!r}.",
             "choices": [name for name, method in METHODS.items() if method.config]
-            + [name + suffix for name in METHODS if name.startswith("toast") for suffix in (FUSED, STORED)],
+            + [name + suffix for name in METHODS if name.startswith("toast") for suffix in (FUSED, STORED)]
+            + [name + MERGED for name in METHODS if name.startswith("lora")],
         },
     )
     device: str = field(default="cpu", metadata={"help": "Device to measure on."})
@@ -100,12 +103,15 @@ def make_model(arguments: Arguments, shape: str, method: str) -> nn.Module:
     """The base model, adapted with a method unless this is "base"."""
     torch.manual_seed(0)
     model_class, config = MODELS[shape]
-    model = model_class(copy.deepcopy(config)).to(arguments.device, getattr(torch, arguments.dtype))
+    with torch.device(arguments.device):
+        model = model_class(copy.deepcopy(config)).to(getattr(torch, arguments.dtype))
     model = model.requires_grad_(False)
     if method != "base":
-        model = apply_method(model, method.removesuffix(FUSED).removesuffix(STORED))
+        model = apply_method(model, method.removesuffix(FUSED).removesuffix(STORED).removesuffix(MERGED))
     if method.endswith(FUSED):
         model.eval().fuse_feedback()
+    if method.endswith(MERGED):
+        model = model.merge_and_unload()
     if arguments.compile_model:
         model.compile()
     return model
@@ -125,12 +131,12 @@ def make_inputs(arguments: Arguments, shape: str) -> Inputs:
 
 def with_stored_features(model: nn.Module, inputs: Inputs) -> Inputs:
     """The batch with what pass 1 makes of it, from files as in training."""
-    tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    tensors = {name: value.cpu() for name, value in inputs.items() if isinstance(value, torch.Tensor)}
     rows = [dict(zip(tensors, row, strict=True)) for row in zip(*tensors.values(), strict=True)]
     with tempfile.TemporaryDirectory() as folder:
         stored = store_features(model, rows, folder, batch_size=len(rows))
         batch = stored.collate([stored[index] for index in range(len(rows))])
-        return inputs | {name: value.clone() for name, value in batch.items()}
+        return inputs | {name: value.to(model.device, copy=True) for name, value in batch.items()}
 
 
 def seconds(function: Callable[[], object], device: str) -> float:
@@ -251,7 +257,7 @@ def measure(arguments: Arguments, shape: str) -> pd.DataFrame:
 
 def is_trained(method: str) -> bool:
     """Whether there is a training step to measure."""
-    return method != "base" and not method.endswith(FUSED)
+    return method != "base" and not method.endswith((FUSED, MERGED))
 
 
 def runs_alone(method: str) -> bool:

@@ -75,7 +75,11 @@ NAMES: list[tuple[Any, tuple[str, ...]]] = [
     (continuous_batching, ("PagedAttentionCache",)),
     (GradientCheckpointingLayer, ("gradient_checkpointing",)),
     (tf.utils, ("ModelOutput",)),
-    (tf.GenerationMixin, ("generate", "generate_batch")),
+    (
+        tf.GenerationMixin,
+        ("generate", "generate_batch", "prepare_inputs_for_generation", "_valid_auto_compile_criteria"),
+    ),
+    (tf.PreTrainedModel, ("get_compiled_call",)),
 ]
 
 

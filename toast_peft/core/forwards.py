@@ -17,6 +17,7 @@ running; it is kept per thread and restored when a forward ends, however it ends
 import inspect
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -27,6 +28,7 @@ from ..config import TopDownConfig
 from .cache import CacheOwner, TwoPassCache, cache_argument, cache_parameter, refuse_paged_cache, refuse_two_pass_cache
 from .checkpoint import CheckpointWithFeedback, unwrap_checkpoint, wrap_checkpoint
 from .dropout import has_dropout, pass_without_dropout
+from .joint_pass import JointPass
 from .layers import FeedbackPath, hidden_states_of
 from .module_tree import is_trained
 from .open_rows import has_rows, open_rows, put_rows, rows_of_arguments
@@ -97,6 +99,8 @@ class BlockForward(ReplacedForward):
                 "feedback goes to, so the adapter would have no effect. TOAST does not support a model that uses "
                 "the weight of this layer in another way; name another layer with `target_modules`."
             )
+        if run.keeps_features and self.index == run.feedback_from - 1:
+            run.last_output = output
         self.reconstruct(run, args[0] if args else kwargs["hidden_states"], output)
         return output
 
@@ -164,6 +168,8 @@ class BackboneForward(ReplacedForward):
             if adapter_name is None:
                 refuse_two_pass_cache(kwargs)
                 return self.original(**kwargs)
+            if self.state.current.joint is not None:
+                return self._run_jointly(self.state.current.joint, adapter_name, kwargs)
             return self._run_twice(adapter_name, kwargs)
         finally:
             self.state.current.run = outer
@@ -205,6 +211,21 @@ class BackboneForward(ReplacedForward):
             output = cache.restore(self.original(**{**kwargs, **cache.in_second_pass}))
         if run.reconstruction is not None:  # added, as a model may call its backbone more than once
             self.state.current.variational_loss = run.reconstruction.loss(config, self.state.current.variational_loss)
+        return output
+
+    def _run_jointly(self, joint: JointPass, adapter_name: str, kwargs: dict[str, Any]) -> Any:
+        """Both passes in one: some rows without feedback, the others with that of other features."""
+        config = self.path.selection.topdown_config[adapter_name]
+        run = replace(self._new_run(config, kwargs), first_pass=False, repeat_lower_blocks=True, keeps_features=True)
+        if self.path.fused is not None:
+            self.path.fused.check(adapter_name, self.module.training)
+            run.of_values = self.path.fused.of_values
+        features = joint.features_of_rows()
+        if features is not None:
+            run.feedback = self.path(features, adapter_name)
+        self.state.current.run = run
+        output = self.original(**kwargs)
+        joint.next_features = self._features(run, config)[0][: joint.num_first_rows]
         return output
 
     def _of_open_rows(self, run: Run, kwargs: dict[str, Any]) -> Any:

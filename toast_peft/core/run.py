@@ -10,6 +10,7 @@ import torch
 from .open_rows import rows_of
 
 if TYPE_CHECKING:
+    from .joint_pass import JointPass
     from .stored_pass import StoredPass
     from .variational_loss import Reconstruction
 
@@ -35,6 +36,7 @@ class Run:
         inputs: in a ConvNet, for each stage its input in pass 2, without the feedback.
         steered: the blocks whose value projection has been called in pass 2.
         kept_below: the outputs of the blocks below are kept in pass 1; those below `feedback_to` by default.
+        keeps_features: keep the features in pass 2 as well, whose first rows are of pass 1.
     """
 
     feedback_from: int
@@ -52,6 +54,7 @@ class Run:
     inputs: dict[int, torch.Tensor] = field(default_factory=dict)
     steered: list[int] = field(default_factory=list)
     kept_below: int = 0
+    keeps_features: bool = False
 
     def __post_init__(self) -> None:
         self.kept_below = max(self.kept_below, self.feedback_to)
@@ -86,6 +89,7 @@ class Current:
         mask: of the last forward with feedback, how much of each token was selected. Shape: [b, n, 1], or [b, h, w, 1]
         attention_mask: what that forward was called with.
         stored: what pass 1 of the next forward has computed already, `None` if it has to run.
+        joint: the two passes of the next forward if they run side by side, `None` if one after the other.
     """
 
     def __init__(self) -> None:
@@ -94,6 +98,7 @@ class Current:
         self.mask: torch.Tensor | None = None
         self.attention_mask: Any = None
         self.stored: StoredPass | None = None
+        self.joint: JointPass | None = None
 
     def all_closed(self) -> bool:
         """Whether no token was selected in the last forward with feedback."""

@@ -1,0 +1,189 @@
+"""Both passes side by side generate what they generate one after the other."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from peft import PeftModel
+from transformers import DynamicCache
+
+from toast_peft import draft_with_first_pass
+from toast_peft.drafting import SideBySide
+
+from ..helpers import CACHE, adapted, output_of, steered
+from ..zoo import DECODERS, VARIANTS, inputs_of, tiny_model
+
+NEW_TOKENS = 12
+STATIC = {"cache_implementation": "static"}
+
+
+def exact(model_class: type = tf.LlamaForCausalLM, **options: Any) -> PeftModel:
+    """A steered model in float64, so that rounding chooses no token."""
+    model = tiny_model(model_class).double()
+    return steered(model, task_type="CAUSAL_LM", **options).double()
+
+
+def generate(model: PeftModel, drafted: bool, **options: Any) -> torch.Tensor:
+    if drafted:
+        options["custom_generate"] = draft_with_first_pass
+    inputs = inputs_of(model, batch_size=1, length=6) | {"max_new_tokens": NEW_TOKENS, "do_sample": False} | options
+    torch.manual_seed(0)
+    return model.generate(**inputs)
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.Tensor]]:
+    """The tokens of pass 1, of each forward of two rows."""
+    tokens: list[torch.Tensor] = []
+    step = SideBySide._step
+    monkeypatch.setattr(SideBySide, "_step", lambda self, token: (tokens.append(token), step(self, token))[1])
+    yield tokens
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("model_class", DECODERS)
+def test_same_tokens(model_class: type, variant: str) -> None:
+    model = exact(model_class, **VARIANTS[variant])
+    expected = generate(model, drafted=False)
+    assert torch.equal(generate(model, drafted=True), expected)
+    with model.disable_adapter():
+        assert not torch.equal(generate(model, drafted=False), expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        STATIC,
+        {"do_sample": True},
+        {"do_sample": True, "temperature": 0.5, **STATIC},
+        {"repetition_penalty": 3.0},
+        {"eos_token_id": list(range(1, 60, 3)), "pad_token_id": 0},
+        {"max_new_tokens": 1},
+        {"input_ids": torch.tensor([[5]]), "attention_mask": torch.ones(1, 1, dtype=torch.long)},
+        {"attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1]])},
+        {CACHE: DynamicCache},
+    ],
+    ids=str,
+)
+def test_same_tokens_with_options_of_generate(options: dict[str, Any]) -> None:
+    model = exact()
+    made = [{name: value() if isinstance(value, type) else value for name, value in options.items()} for _ in range(2)]
+    assert torch.equal(generate(model, drafted=True, **made[0]), generate(model, drafted=False, **made[1]))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_same_tokens_with_fused_feedback(variant: str) -> None:
+    model = exact(**VARIANTS[variant])
+    expected = generate(model, drafted=False)
+    model.fuse_feedback()
+    assert torch.equal(generate(model, drafted=True), expected)
+
+
+@pytest.mark.slow
+def test_compiled_once_with_a_static_cache() -> None:
+    model = exact()
+    expected = generate(model, drafted=False)
+    compiled = tf.CompileConfig(backend="aot_eager", fullgraph=True, mode=None)
+    compiled._compile_all_devices = True  # by default generation compiles on GPUs only
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for _ in range(2):
+        assert torch.equal(generate(model, drafted=True, **STATIC, compile_config=compiled), expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_one_step_for_a_token_whose_draft_holds(steps: list[torch.Tensor]) -> None:
+    model = adapted(tiny_model(tf.LlamaForCausalLM).double(), task_type="CAUSAL_LM").double()
+    sequence = generate(model, drafted=True)
+    # Pass 1 of the first new token, which comes from the prompt, and then of a draft for each.
+    assert torch.equal(torch.cat(steps, dim=-1), sequence[:, 6:])
+    assert torch.equal(sequence, generate(model, drafted=False))
+
+
+def test_two_steps_for_the_others(steps: list[torch.Tensor]) -> None:
+    model = exact()
+    sequence = generate(model, drafted=True)
+    with model.disable_adapter():
+        drafts = output_of(model, {"input_ids": sequence, "use_cache": False}).argmax(-1)
+    wrong = (drafts[:, 6:-1] != sequence[:, 7:]).sum()
+    assert 0 < wrong < NEW_TOKENS
+    # After the last token no step is needed.
+    assert len(steps) == NEW_TOKENS + int(wrong) - int(drafts[0, -2] != sequence[0, -1])
+
+
+class Failure(Exception):
+    pass
+
+
+def test_an_error_leaves_nothing_behind() -> None:
+    model = exact()
+    expected = generate(model, drafted=False)
+
+    def fail(*args: Any) -> None:
+        raise Failure
+
+    handle = model.get_output_embeddings().register_forward_hook(fail)
+    with pytest.raises(Failure):
+        generate(model, drafted=True)
+    handle.remove()
+    assert torch.equal(generate(model, drafted=False), expected)
+
+
+# ------------------------------------------------------------------------------------------------------------ refused
+
+
+def with_used_cache(model: PeftModel) -> dict[str, Any]:
+    cache = DynamicCache(config=model.config)
+    model(**inputs_of(model, batch_size=1, length=3), **{CACHE: cache})
+    return {CACHE: cache}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_return_sequences": 2, "do_sample": True}, "got 2 sequences and num_beams=1; expected one sequence"),
+        ({"num_beams": 2}, "num_beams=2; expected one sequence and no beam search"),
+        ({"return_dict_in_generate": True}, "returns the tokens only, and return_dict_in_generate=True asks for more"),
+        (with_used_cache, "got a DynamicCache with 3 tokens in it; expected a new DynamicCache or StaticCache"),
+    ],
+    ids=["sequences", "beams", "dictionary", "used cache"],
+)
+def test_options_that_are_refused(options: Any, message: str) -> None:
+    model = exact()
+    options = options(model) if callable(options) else options
+    with pytest.raises(ValueError, match=message):
+        generate(model, drafted=True, **options)
+
+
+def test_refused_without_an_active_adapter() -> None:
+    model = exact()
+    with (
+        model.disable_adapter(),
+        pytest.raises(ValueError, match="found 0 backbones with an active TOAST adapter; expected one"),
+    ):
+        generate(model, drafted=True)
+
+
+@pytest.mark.parametrize(
+    ("model_class", "options", "message"),
+    [
+        (
+            tf.T5ForConditionalGeneration,
+            {"target_modules": r"decoder\.block\.\d+\.layer\.0\.SelfAttention\.v"},
+            "does not support T5ForConditionalGeneration, which is an encoder-decoder",
+        ),
+        (tf.Qwen2_5_VLForConditionalGeneration, {}, "gives each token 4 positions"),
+        (
+            tf.LlamaForCausalLM,
+            {"double_value_bias": True},
+            r"which adds biases twice in pass 2 \(`double_value_bias`\)",
+        ),
+    ],
+)
+def test_models_that_are_refused(model_class: type, options: dict[str, Any], message: str) -> None:
+    model = steered(tiny_model(model_class), **options)
+    inputs = {"input_ids": torch.tensor([[5, 6, 7]]), "max_new_tokens": 3}
+    with pytest.raises(NotImplementedError, match=message):
+        model.generate(**inputs, custom_generate=draft_with_first_pass)

@@ -1,0 +1,56 @@
+"""What may go wrong where both passes run side by side."""
+
+from .mutant import Mutant
+
+WHERE = "features/test_drafting.py -k "
+
+OF_DRAFTING = [
+    Mutant(
+        "drafting: a wrong draft is kept",
+        "if draft is None or not torch.equal(token, draft):",
+        "if draft is None:",
+        f"{WHERE}'same_tokens and Llama'",
+    ),
+    Mutant(
+        "drafting: the column of a wrong draft is kept",
+        "        self.cache.crop(-1)\n        self.num_columns -= 1\n",
+        "",
+        f"{WHERE}'same_tokens and Llama'",
+    ),
+    Mutant(
+        "drafting: both rows at the same position",
+        "position_ids=torch.cat([self.position + 1, self.position]),",
+        "position_ids=torch.cat([self.position, self.position]),",
+        f"{WHERE}'same_tokens and Llama'",
+    ),
+    Mutant(
+        "drafting: the column before the second row is seen",
+        "torch.cat([mask, F.pad(mask[:, :-1], (1, 0))])",
+        "torch.cat([mask, F.pad(mask[:, :-1], (1, 0), value=1)])",
+        f"{WHERE}'same_tokens and Llama'",
+    ),
+    Mutant(
+        "drafting: feedback in pass 1 as well",
+        "F.pad(self.features, (0, 0, 0, 0, self.num_first_rows, 0))",
+        "self.features.repeat(1 + self.num_first_rows, 1, 1)",
+        f"{WHERE}'same_tokens and Llama'",
+    ),
+    Mutant(
+        "drafting: features of the last block with early feedback",
+        "if run.keeps_features and self.index == run.feedback_from - 1:",
+        "if run.keeps_features:",
+        f"{WHERE}'same_tokens and Llama and early'",
+    ),
+    Mutant(
+        "drafting: state left by an error",
+        "        finally:\n            current.joint = None\n",
+        "        finally:\n            pass\n",
+        f"{WHERE}leaves_nothing",
+    ),
+    Mutant(
+        "drafting: several positions of a token",
+        "if positions.dim() != 2:",
+        "if False:",
+        f"{WHERE}'refused and Qwen'",
+    ),
+]
