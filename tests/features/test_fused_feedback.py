@@ -30,7 +30,7 @@ from ..helpers import (
     steered,
     value_projections_of,
 )
-from ..zoo import VIT_AND_LLAMA, add_noise, inputs_of, tiny_model
+from ..zoo import RANGES, VIT_AND_LLAMA, add_noise, inputs_of, tiny_model
 from .test_overhead import MODELS as TWELVE_BLOCKS
 from .test_overhead import kernels
 
@@ -140,12 +140,15 @@ def test_offloaded_base_model() -> None:
     assert_same(output_of(model), expected)
 
 
-def test_low_precision_with_an_adapter_in_float32() -> None:
-    model = steered(tiny_model(LLAMA).bfloat16())
-    expected = output_of(model)
+@pytest.mark.parametrize("variant", RANGES)
+def test_an_adapter_in_float32_on_a_model_in_less(variant: str) -> None:
+    """What is folded into weights in bfloat16 is in bfloat16: no less exact than those, and not slower."""
+    model = steered(tiny_model(LLAMA).bfloat16(), **RANGES[variant])
+    in_float32, expected = output_of(copy.deepcopy(model).float()), output_of(model)
     model.fuse_feedback()
-    assert paths_of(model)[0].fused.down.dtype == torch.float32
-    assert_same(output_of(model), expected)
+    assert paths_of(model)[0].fused.down.dtype == torch.bfloat16
+    error, found = ((output.float() - in_float32).abs().max() for output in (expected, output_of(model)))
+    assert found < 2 * error
 
 
 def test_feedback_statistics() -> None:

@@ -61,13 +61,15 @@ class FusedFeedback(nn.Module):
         self.weights = Weights([*_modules_of(path, adapter_name), *(hook.module for hook in hooks)])
         self.forwards: list[FoldedValues] = []
         prompt = weight_of(path.selection.topdown_prompt[adapter_name])
+        # An adapter is in float32 beside a base model in less; what is folded into that is so precise as its weights.
+        like = prompt.to(value_weight(hooks[0]).dtype) if hooks else prompt
         with torch.no_grad():
             down, *up = zip(*_factors(path, adapter_name, hooks), strict=True)
             config = path.selection.topdown_config[adapter_name]
             biases = [value_bias(hook, config.double_value_bias) for hook in hooks]
-            biases_there = [bias.to(prompt) for bias in biases if bias is not None]
-            self._keep("down", torch.cat(down, dim=-1).to(prompt))
-            self._keep("up", torch.stack(up[0]).to(prompt) if up else None)
+            biases_there = [bias.to(like) for bias in biases if bias is not None]
+            self._keep("down", torch.cat(down, dim=-1).to(like))
+            self._keep("up", torch.stack(up[0]).to(like) if up else None)
             self._keep("bias", torch.stack(biases_there) if biases_there else None)
 
     def _keep(self, name: str, matrix: torch.Tensor | None) -> None:
@@ -94,7 +96,7 @@ class FusedFeedback(nn.Module):
         Returns:
             For each block index what is added to the input of its value projection, or to the values. Shape: as that
         """
-        tokens = select(features, mask, lambda z: z.flatten(0, -2))
+        tokens = select(features, mask, lambda z: z.flatten(0, -2)).to(self.down.dtype)
         td = self._full(tokens) if self.up is None else self._low_rank(tokens, self.up)
         shape = (*mask.shape[:-1], td[0].shape[-1])
         return {index: of_block.view(shape) for index, of_block in zip(self.blocks, td, strict=True)}
