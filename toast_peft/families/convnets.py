@@ -294,9 +294,9 @@ class ConvNetFeedbackPath(FeedbackPath):
     def _new_layer(self, index: int, value_projection: nn.Module, config: TopDownConfig) -> FeedbackLayer:
         return ConvNetFeedbackLayer(self.shapes[index])
 
-    def _select(self, features: torch.Tensor, adapter_name: str, compared: torch.Tensor | None) -> torch.Tensor:
-        """Select positions and channels. Shape: [b, h, w, c] -> [b, c, h, w]"""
-        return super()._select(features, adapter_name, compared).movedim(-1, 1)
+    def _select(self, features: torch.Tensor, mask: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        """Select positions and channels. Shapes: [b, h, w, c], [b, h, w, 1] -> [b, c, h, w]"""
+        return super()._select(features, mask, adapter_name).movedim(-1, 1)
 
 
 class StageForward(BlockForward):
