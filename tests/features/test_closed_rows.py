@@ -1,4 +1,7 @@
-"""`skip_closed_rows`: pass 2 only for the rows of a batch of which some token is selected."""
+"""`skip_closed_rows`: pass 2 only for the rows of a batch of which some token is selected.
+
+`test_shared_cache.py` has what is done with a key-value cache.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -127,16 +130,6 @@ def test_what_cannot_be_cut_into_rows_runs_twice_as_a_whole() -> None:
         with open_only(model, [True, False]):
             outputs.append(output_of(model, inputs))
     assert torch.equal(*outputs)
-
-
-@pytest.mark.parametrize("is_open", [[False, False], [True, False]], ids=["closed", "open"])
-def test_generation_with_a_cache_is_as_without_the_option(is_open: list[bool]) -> None:
-    generated = []
-    for skips in (True, False):
-        model = steered(tiny_model(tf.LlamaForCausalLM), skip_closed_rows=skips)
-        with open_only(model, is_open):
-            generated.append(model.generate(**inputs_of(model), max_new_tokens=5, do_sample=False))
-    assert torch.equal(*generated)
 
 
 def test_training_runs_twice() -> None:

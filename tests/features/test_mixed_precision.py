@@ -134,7 +134,7 @@ def test_features_of_zeros_are_weighted_zero(dtype: torch.dtype) -> None:
     features = torch.randn(1, 3, HIDDEN_SIZE, dtype=dtype)
     features[:, 1] = 0
     features.requires_grad_()
-    selected = selection(features, "default")
+    selected = selection(*selection.weigh(features, "default"), "default")
     selected.sum().backward()
     assert selected.isfinite().all() and not selected[:, 1].any()
     assert features.grad.isfinite().all()

@@ -37,8 +37,8 @@ OF_DRAFTING = [
     ),
     Mutant(
         "drafting: features of the last block with early feedback",
-        "if run.keeps_features and self.index == run.feedback_from - 1:",
-        "if run.keeps_features:",
+        "        if self.index < run.feedback_from:\n            run.last_output = output",
+        "        run.last_output = output",
         f"{WHERE}'same_tokens and Llama and early'",
     ),
     Mutant(

@@ -3,7 +3,8 @@
 A `Cache` is a list of layers, one per block. For two passes it gets more of them at its end: the keys and values of
 pass 1 for the blocks from `feedback_to` to `feedback_from - 1`. (The blocks below compute the same in both passes and
 those above do not run in pass 1.) Everything that generation does to a cache - reorder, crop, repeat, reset, offload -
-runs over its layers and so serves both passes.
+runs over its layers and so serves both passes. Where no row has had feedback yet they may share all layers, and the
+cache is that of the base model (`shared_layers.py`).
 
 In a decoder with cross-attention this is so for the cache of its self-attention. The keys and values of the encoder's
 states are the same in both passes and kept once.
@@ -22,8 +23,9 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.utils import ModelOutput
 
+from .shared_layers import Layer, recall_of
+
 _ATTRIBUTE = "topdown_passes"
-AnyLayer = Any  # a layer of a cache: of keys and values, of a state, or none; what it is depends on the version
 # What transformers has called the argument that is a cache; the new name since 5.24.
 _NAMES = ("past_key_values", "cache")
 
@@ -53,6 +55,12 @@ def refuse_paged_cache(kwargs: dict[str, Any]) -> None:
         )
 
 
+def is_to_be_compiled(cache: Cache | None) -> bool:
+    """Whether `generate` compiles forwards with this cache, if it runs on an accelerator."""
+    own = _of_self_attention(cache)
+    return own is not None and own.is_compileable and type(own) is not DynamicCache
+
+
 class CacheOwner(NamedTuple):
     """Whom a cache is for.
 
@@ -76,12 +84,12 @@ class Passes:
     Args:
         owner: the adapter that the cache is for.
         num_layers: number of layers that the cache has for one pass; the further ones are those of pass 1.
-        first_pass: what pass 1 sees of the cache.
+        first_pass: what pass 1 sees of the cache, `None` as long as both passes share its layers.
     """
 
     owner: CacheOwner
     num_layers: int
-    first_pass: Cache
+    first_pass: Cache | None = None
 
 
 def refuse_two_pass_cache(kwargs: dict[str, Any]) -> None:
@@ -95,7 +103,7 @@ def refuse_two_pass_cache(kwargs: dict[str, Any]) -> None:
         passes = getattr(cache, _ATTRIBUTE, None) if isinstance(cache, Cache) else None
         if passes is None:
             continue
-        if _length(cache) > 0:
+        if not _is_empty(cache):
             raise ValueError(
                 f"This cache was filled with the TOAST adapter {passes.owner.adapter_name!r} active, but no adapter "
                 "is active now. Its keys and values do not fit the base model's; start with a new cache."
@@ -127,6 +135,7 @@ class TwoPassCache:
         num_blocks: number of blocks of the model.
         owner: the active adapter.
         has_cross_attention: whether the blocks attend to an encoder's states as well.
+        may_share: whether the passes go on sharing the layers of a cache that has had no feedback.
 
     Attributes:
         in_first_pass: the argument with the `Cache` that pass 1 reads and writes.
@@ -144,15 +153,42 @@ class TwoPassCache:
         num_blocks: int,
         owner: CacheOwner,
         has_cross_attention: bool = False,
+        may_share: bool = False,
     ) -> None:
+        self.name = name
         self.cache = _new_cache(model_config, has_cross_attention) if cache is None else cache
-        own = _of_self_attention(self.cache)
+        self.own = own = _of_self_attention(self.cache)
         passes = getattr(own, _ATTRIBUTE, None)
-        if passes is None or passes.owner != owner:
+        if passes is None or passes.owner != owner or (may_share and _is_empty(own)):
             passes = _first_use(own, num_blocks, owner)
-        self.second_pass = self._with_cross_attention(_second_pass(own, passes.num_layers, owner.feedback_to))
-        self.in_first_pass = {name: self._with_cross_attention(passes.first_pass)}
-        self.in_second_pass = {name: self.second_pass}
+        self.passes: Passes = passes
+        if passes.first_pass is None:
+            self.recall = recall_of(own.layers)
+            self._show_second_pass(own.layers)
+            self.in_first_pass = self.in_second_pass
+            if not may_share:
+                self.part()
+        else:
+            self._show_second_pass(_layers_of_second_pass(own, passes))
+            self.in_first_pass = {name: self._with_cross_attention(passes.first_pass)}
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether both passes share the layers of the cache, as there has been no feedback."""
+        return self.passes.first_pass is None
+
+    def part(self) -> None:
+        """Give pass 2 layers of its own: as they were before this forward, in which pass 1 may have extended them."""
+        owner, layers, before = self.passes.owner, self.own.layers, self.recall()
+        of_loop = layers[owner.feedback_to : owner.feedback_from]
+        self.own.layers = layers[: owner.feedback_to] + before[owner.feedback_to :] + of_loop
+        self.passes.first_pass = _view(self.own, layers[: owner.feedback_to] + of_loop)
+        self.in_first_pass = {self.name: self._with_cross_attention(self.passes.first_pass)}
+        self._show_second_pass(before)
+
+    def _show_second_pass(self, layers: list[Layer]) -> None:
+        self.second_pass = self._with_cross_attention(_view(self.own, layers))
+        self.in_second_pass = {self.name: self.second_pass}
 
     def _with_cross_attention(self, view: Cache) -> Cache:
         if not isinstance(self.cache, EncoderDecoderCache):
@@ -191,17 +227,17 @@ def _of_self_attention(cache: Any) -> Any:
     return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
 
 
-def _second_pass(cache: Cache, num_layers: int, feedback_to: int) -> Cache:
+def _layers_of_second_pass(cache: Cache, passes: Passes) -> list[Layer]:
     # Pass 2 takes its positions and masks from the first layers, and must count from where pass 1 began. So it sees
     # the blocks below `feedback_to`, which it skips, as they are before pass 1 extends them.
-    lower = [_snapshot(layer) for layer in cache.layers[:feedback_to]]
-    return _view(cache, lower + cache.layers[feedback_to:num_layers])
+    lower = [_snapshot(layer) for layer in cache.layers[: passes.owner.feedback_to]]
+    return lower + cache.layers[passes.owner.feedback_to : passes.num_layers]
 
 
 def _first_use(cache: Cache, num_blocks: int, owner: CacheOwner) -> Passes:
     """Prepare an empty cache for two passes."""
     passes = getattr(cache, _ATTRIBUTE, None)
-    if _length(cache) > 0:
+    if not _is_empty(cache):
         raise ValueError(
             f"This cache was filled {_by_whom(passes, owner)}; its keys and values do not fit the adapter "
             f"{owner.adapter_name!r} with feedback from block {owner.feedback_from} to {owner.feedback_to}. Start "
@@ -213,10 +249,7 @@ def _first_use(cache: Cache, num_blocks: int, owner: CacheOwner) -> Passes:
     if cache.layer_class_to_replicate is not None:
         while len(cache.layers) < num_blocks:
             cache.layers.append(cache.layer_class_to_replicate())
-    num_layers = len(cache.layers)
-    cache.layers.extend(copy.deepcopy(layer) for layer in cache.layers[owner.feedback_to : owner.feedback_from])
-    first_pass = _view(cache, cache.layers[: owner.feedback_to] + cache.layers[num_layers:])
-    setattr(cache, _ATTRIBUTE, Passes(owner, num_layers, first_pass))
+    setattr(cache, _ATTRIBUTE, Passes(owner, len(cache.layers)))
     # On the instance, so that a model which does not run twice calls it.
     cache.update = update_of_one_pass  # type: ignore[method-assign, assignment]
     return getattr(cache, _ATTRIBUTE)
@@ -237,11 +270,11 @@ def _forget_passes(cache: Cache, passes: Passes) -> None:
     del cache.update
 
 
-def _length(cache: Cache) -> int:
-    return int(cache.get_seq_length())
+def _is_empty(cache: Cache) -> bool:
+    return int(cache.get_seq_length()) == 0
 
 
-def _view(cache: Cache, layers: list[AnyLayer]) -> Cache:
+def _view(cache: Cache, layers: list[Layer]) -> Cache:
     view = copy.copy(cache)
     for name in (_ATTRIBUTE, "update"):
         view.__dict__.pop(name, None)
@@ -249,7 +282,7 @@ def _view(cache: Cache, layers: list[AnyLayer]) -> Cache:
     return view
 
 
-def _snapshot(layer: AnyLayer) -> AnyLayer:
+def _snapshot(layer: Layer) -> Layer:
     """The layer with its counters as they are now, sharing keys and values."""
     snapshot = copy.copy(layer)
     counter = getattr(layer, "cumulative_length", None)

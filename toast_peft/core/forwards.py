@@ -8,6 +8,9 @@ around its blocks stay its own. In pass 1 the blocks from `feedback_from` on han
 blocks below `feedback_to` return what pass 1 computed, which is the same. Pass 1 runs without dropout (`dropout.py`);
 if there is any, these blocks run again in pass 2.
 
+Where feedback may be left out (`skip_closed_rows`), pass 2 runs for some rows of the batch (`open_rows.py`). With a
+key-value cache that has had no feedback yet, pass 1 runs as the base model does, and pass 2 only if there is feedback.
+
 What pass 1 computes may also have been stored (`stored_pass.py`). Then it does not run.
 
 The backbone and its blocks get another `forward`, the value projections hooks. Python state says which pass is
@@ -15,29 +18,35 @@ running; it is kept per thread and restored when a forward ends, however it ends
 """
 
 import inspect
-from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from ..config import TopDownConfig
-from .cache import CacheOwner, TwoPassCache, cache_argument, cache_parameter, refuse_paged_cache, refuse_two_pass_cache
+from .cache import (
+    CacheOwner,
+    TwoPassCache,
+    cache_argument,
+    cache_parameter,
+    is_to_be_compiled,
+    refuse_paged_cache,
+    refuse_two_pass_cache,
+)
 from .checkpoint import CheckpointWithFeedback, unwrap_checkpoint, wrap_checkpoint
 from .dropout import has_dropout, pass_without_dropout
 from .joint_pass import JointPass
-from .layers import FeedbackPath, hidden_states_of
+from .layers import FeedbackPath, hidden_states_of, weight_of
 from .module_tree import is_trained
-from .open_rows import has_rows, open_rows, put_rows, rows_of_arguments
+from .open_rows import has_rows, may_skip_rows, open_rows, put_rows, rows_of_arguments
 from .recording import RecordingPaused, is_recording
 from .replaced_forward import ReplacedForward
 from .run import SINGLE_PASS, Run
-from .stored_pass import STORED_INPUT, Origin, StoredInput, StoredPass
-from .value_projection import ValueColumns, ValueHooks
-from .variational_loss import LossHook, Reconstruction, padding_to_leave_out
+from .stored_pass import STORED_INPUT, Origin, StoredPass
+from .variational_loss import Reconstruction, padding_to_leave_out
 
 if TYPE_CHECKING:
     from .stack import Stack
@@ -65,7 +74,7 @@ class BlockForward(ReplacedForward):
     def is_skipped(self, run: Run) -> bool:
         """Whether the running pass does not need this block."""
         if run.first_pass:
-            return self.index >= run.feedback_from
+            return self.index >= run.feedback_from and not run.complete
         return self.index < run.feedback_to and not run.repeat_lower_blocks
 
     def _check_that_no_feedback_is_missing(self) -> None:
@@ -99,8 +108,8 @@ class BlockForward(ReplacedForward):
                 "feedback goes to, so the adapter would have no effect. TOAST does not support a model that uses "
                 "the weight of this layer in another way; name another layer with `target_modules`."
             )
-        if run.keeps_features and self.index == run.feedback_from - 1:
-            run.last_output = output
+        if run.keeps_features:
+            self.keep(run, output)
         self.reconstruct(run, args[0] if args else kwargs["hidden_states"], output)
         return output
 
@@ -113,7 +122,8 @@ class BlockForward(ReplacedForward):
 
     def keep(self, run: Run, output: Any) -> None:
         """Keep what pass 2 or the feedback path needs of what the block has computed in pass 1."""
-        run.last_output = output
+        if self.index < run.feedback_from:
+            run.last_output = output
         if max(self.index, 0) < run.kept_below:  # the stem of a ConvNet, -1, belongs to its stage 0
             run.outputs[self.index] = output
 
@@ -188,30 +198,61 @@ class BackboneForward(ReplacedForward):
         if self.module.training and config.variational_weight > 0:
             run.reconstruction = Reconstruction(self.path, adapter_name, padding_to_leave_out(config, kwargs))
         stored, self.state.current.stored = self.state.current.stored, None
-        if stored is None:
-            cache = self._cache(adapter_name, run, kwargs)
-            skips = cache is None and _may_skip_rows(config)
-            run.kept_below = run.feedback_from if skips else run.feedback_to
-            self._first_pass(run, kwargs if cache is None else {**kwargs, **cache.in_first_pass})
-            features, compared = self._features(run, config)
+        cache = self._cache(adapter_name, run, config, kwargs) if stored is None else None
+        if stored is not None:
+            output = self._run_after_stored_pass(adapter_name, run, config, kwargs, stored)
+        elif cache is not None:
+            output = self._run_with_cache(adapter_name, run, config, kwargs, cache)
         else:
-            stored.check(self._origin_of(run, config))
-            cache, kwargs = None, self._without_cache(kwargs)
-            skips = False  # the rows without feedback have no output of pass 1
-            self._instead_of_first_pass(run, stored, kwargs)
-            features, compared = stored.features, None
-        run.feedback = self.path(features, adapter_name, compared, run.input_sizes, skip_closed=skips)
+            output = self._run_without_cache(adapter_name, run, config, kwargs)
+        if run.reconstruction is not None:  # added, as a model may call its backbone more than once
+            self.state.current.variational_loss = run.reconstruction.loss(config, self.state.current.variational_loss)
+        return output
+
+    def _run_after_stored_pass(
+        self, adapter_name: str, run: Run, config: TopDownConfig, kwargs: dict[str, Any], stored: StoredPass
+    ) -> Any:
+        stored.check(self._origin_of(run, config))
+        kwargs = self._without_cache(kwargs)
+        self._instead_of_first_pass(run, stored, kwargs)
+        self._begin_second_pass(adapter_name, run, kwargs, stored.features)
+        return self.original(**kwargs)
+
+    def _run_without_cache(self, adapter_name: str, run: Run, config: TopDownConfig, kwargs: dict[str, Any]) -> Any:
+        skips = may_skip_rows(config)
+        if skips:
+            run.kept_below = run.feedback_from
+        self._first_pass(run, kwargs)
+        self._begin_second_pass(adapter_name, run, kwargs, *self._features(run, config), skip_closed=skips)
+        return self._of_open_rows(run, kwargs) if skips else self.original(**kwargs)
+
+    def _run_with_cache(
+        self, adapter_name: str, run: Run, config: TopDownConfig, kwargs: dict[str, Any], cache: TwoPassCache
+    ) -> Any:
+        run.complete = skips = cache.is_shared
+        output = self._first_pass(run, {**kwargs, **cache.in_first_pass})
+        self._begin_second_pass(adapter_name, run, kwargs, *self._features(run, config), skip_closed=skips)
+        if skips:
+            if not run.feedback:
+                return cache.restore(output)
+            cache.part()
+        return cache.restore(self.original(**{**kwargs, **cache.in_second_pass}))
+
+    def _begin_second_pass(
+        self,
+        adapter_name: str,
+        run: Run,
+        kwargs: dict[str, Any],
+        features: torch.Tensor,
+        compared: torch.Tensor | None = None,
+        skip_closed: bool = False,
+    ) -> None:
+        """Compute the feedback. Arguments as those of the path."""
+        run.feedback = self.path(features, adapter_name, compared, run.input_sizes, skip_closed=skip_closed)
         if not torch.compiler.is_exporting():
             self.state.current.attention_mask = kwargs.get("attention_mask")
         run.first_pass = False
         self.state.current.run = run
-        if cache is None:
-            output = self._of_open_rows(run, kwargs) if skips else self.original(**kwargs)
-        else:
-            output = cache.restore(self.original(**{**kwargs, **cache.in_second_pass}))
-        if run.reconstruction is not None:  # added, as a model may call its backbone more than once
-            self.state.current.variational_loss = run.reconstruction.loss(config, self.state.current.variational_loss)
-        return output
 
     def _run_jointly(self, joint: JointPass, adapter_name: str, kwargs: dict[str, Any]) -> Any:
         """Both passes in one: some rows without feedback, the others with that of other features."""
@@ -264,7 +305,9 @@ class BackboneForward(ReplacedForward):
         value = kwargs.get(name)
         return getattr(getattr(self.module, "config", None), name, None) if value is None else value
 
-    def _cache(self, adapter_name: str, run: Run, kwargs: dict[str, Any]) -> TwoPassCache | None:
+    def _cache(
+        self, adapter_name: str, run: Run, config: TopDownConfig, kwargs: dict[str, Any]
+    ) -> TwoPassCache | None:
         refuse_paged_cache(kwargs)
         name = cache_argument(kwargs, self.cache_parameter)
         if not self.has_cache or name is None:
@@ -277,7 +320,16 @@ class BackboneForward(ReplacedForward):
         identity = self.path.selection.topdown_identity[adapter_name].id
         owner = CacheOwner(adapter_name, identity, run.feedback_from, run.feedback_to)
         has_cross_attention = kwargs.get("encoder_hidden_states") is not None
-        return TwoPassCache(cache, name, self.module.config, len(self.blocks), owner, has_cross_attention)
+        may_share = may_skip_rows(config) and self._may_share(adapter_name, cache)
+        return TwoPassCache(cache, name, self.module.config, len(self.blocks), owner, has_cross_attention, may_share)
+
+    def _may_share(self, adapter_name: str, cache: Cache | None) -> bool:
+        """Whether pass 1 may be the forward of the base model with this cache."""
+        if self.module.training or (is_recording() and not self.records_itself):
+            return False
+        # There `generate` compiles the forwards that follow, and a CUDA graph cannot add layers to a cache.
+        is_on_accelerator = weight_of(self.path.selection.topdown_prompt[adapter_name]).device.type != "cpu"
+        return not (is_on_accelerator and is_to_be_compiled(cache))
 
     def origin(self, config: TopDownConfig) -> Origin:
         """What pass 1 of an adapter is."""
@@ -311,18 +363,20 @@ class BackboneForward(ReplacedForward):
         else:  # only the last of them is used
             run.outputs = dict.fromkeys(range(run.feedback_to), stored.hidden_states)
 
-    def _first_pass(self, run: Run, kwargs: dict[str, Any]) -> None:
+    def _first_pass(self, run: Run, kwargs: dict[str, Any]) -> Any:
         self.state.current.run = run
         needs_graph = torch.is_grad_enabled() and self._first_pass_is_trained(run.feedback_from, kwargs)
         recording = nullcontext() if self.records_itself else RecordingPaused()
+        recorded = {} if run.complete else self.not_recorded
         with nullcontext() if needs_graph else torch.no_grad(), self._without_dropout(run, needs_graph), recording:
-            self.original(**{**kwargs, **self.not_recorded})
+            output = self.original(**{**kwargs, **recorded})
         if run.last_output is None:
             raise NotImplementedError(
                 f"No block of {self.blocks_name!r} was called by the forward of {type(self.module).__name__}, so the "
                 "adapter would have no effect. Name the value projections of the blocks that it does call with "
                 "`target_modules`; if these are they, TOAST does not support this model."
             )
+        return output
 
     def _without_dropout(self, run: Run, needs_graph: bool) -> AbstractContextManager[None]:
         return pass_without_dropout(self.module, needs_graph) if run.without_dropout else nullcontext()
@@ -349,71 +403,3 @@ class BackboneForward(ReplacedForward):
 
     def _normalizes(self, run: Run, config: TopDownConfig) -> bool:
         return self.normalize_features if config.normalize_features is None else config.normalize_features
-
-
-def _may_skip_rows(config: TopDownConfig) -> bool:
-    """Whether pass 2 of rows without feedback is left out: in inference, where a forward may look at numbers."""
-    is_traced = torch.compiler.is_compiling() or torch.compiler.is_exporting()
-    return config.skip_closed_rows and not torch.is_grad_enabled() and not is_traced
-
-
-class TwoPasses:
-    """The replaced forwards and the hooks of one backbone.
-
-    Args:
-        stack: the backbone and its blocks.
-        path: computes the feedback.
-        model: the whole model, which returns the loss.
-        value_columns: where the values are in the output of fused projections, `None` for those of values only.
-    """
-
-    block_forward_class: ClassVar[type[BlockForward]] = BlockForward
-    backbone_forward_class: ClassVar[Callable[..., BackboneForward]] = BackboneForward
-
-    def __init__(
-        self, stack: "Stack", path: FeedbackPath, model: nn.Module, value_columns: ValueColumns | None = None
-    ) -> None:
-        self.path = path
-        self.value_columns = value_columns
-        self.block_forwards = [
-            self.block_forward_class(module, index, path) for index, module in self.numbered_modules(stack)
-        ]
-        self.backbone_forward = self.backbone_forward_class(stack, path, self.block_forwards)
-        self.value_hooks: dict[int, ValueHooks] = {}
-        self.loss_hook = LossHook(model, path)
-        self.stored_input: StoredInput | None = None
-
-    def numbered_modules(self, stack: "Stack") -> Iterable[tuple[int, nn.Module]]:
-        """The modules that a pass can skip."""
-        return enumerate(stack.blocks)
-
-    def steer(self, index: int, value_projection: nn.Module) -> None:
-        """Let the value projection of a block receive feedback."""
-        if index not in self.value_hooks:
-            self.value_hooks[index] = ValueHooks(value_projection, self.path.state, index, self.value_columns)
-
-    def accept_stored(self, model: nn.Module, origin: Origin) -> None:
-        """Let a model take what pass 1 has computed as one more input.
-
-        Raises:
-            ValueError: if it already takes that of another pass 1, or another model around the backbone takes it.
-        """
-        accepted = self.stored_input
-        if accepted is None:
-            self.stored_input = StoredInput(model, self.path.state, origin)
-        elif (accepted.module, accepted.origin) != (model, origin):
-            raise ValueError(
-                f"The model takes the stored features of {type(accepted.module).__name__} with {accepted.origin}, and "
-                f"now those of {type(model).__name__} with {origin} were stored; expected the same. Load the model "
-                "anew for these."
-            )
-
-    def remove(self) -> None:
-        """Leave the modules as they were."""
-        if self.stored_input is not None:  # it may be in front of the backbone's
-            self.stored_input.remove()
-        for forward in (self.backbone_forward, *self.block_forwards):
-            forward.remove()
-        for hooks in self.value_hooks.values():
-            hooks.remove()
-        self.loss_hook.remove()

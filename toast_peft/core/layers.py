@@ -22,8 +22,8 @@ from .topdown_layer import AdapterIdentity, TopDownLayer
 from .value_projection import input_size
 
 if TYPE_CHECKING:
-    from .forwards import TwoPasses
     from .fused_feedback import FusedFeedback
+    from .two_passes import TwoPasses
 
 
 class Prompt(nn.Module):
@@ -114,17 +114,17 @@ class FeatureSelection(TopDownLayer):
             nn.init.zeros_(weight_of(self.topdown_transform_B[adapter_name]))
         self._finish_update(adapter_name, config)
 
-    def forward(self, features: torch.Tensor, adapter_name: str, compared: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, features: torch.Tensor, mask: torch.Tensor, adapter_name: str) -> torch.Tensor:
         """Select tokens, then channels.
 
         Args:
-            features: features of pass 1. Shape: [b, n, d]
-            compared: what the prompt is compared with, if not the features themselves. Shape: [b, n, d]
+            features: features of pass 1, in the dtype of the adapter. Shape: [b, n, d]
+            mask: weights of the tokens, by `weigh`. Shape: [b, n, 1]
+            adapter_name: whose transform.
 
         Returns:
             What the feedback path starts from. Shape: [b, n, d]
         """
-        features, mask = self.weigh(features, adapter_name, compared)
         return select(features, mask, lambda x: self._transform(x, adapter_name))
 
     def weigh(
@@ -409,18 +409,19 @@ class FeedbackPath(nn.Module):
         """
         features = to_device_of(self.selection, features)
         compared = None if compared is None else to_device_of(self.selection, compared)
-        if self.fused is not None:
-            return self.fused(*self.selection.weigh(features, adapter_name, compared))
-        z = self._select(features, adapter_name, compared)
+        features, mask = self.selection.weigh(features, adapter_name, compared)
         if skip_closed and self.state.current.all_closed():
             return {}
+        if self.fused is not None:
+            return self.fused(features, mask)
+        z = self._select(features, mask, adapter_name)
         feedback = {}
         for index, layer in self.layers_of(adapter_name):
             z, feedback[index] = layer(to_device_of(layer, z), adapter_name, (sizes or {}).get(index, ()))
         return feedback
 
-    def _select(self, features: torch.Tensor, adapter_name: str, compared: torch.Tensor | None) -> torch.Tensor:
-        return self.selection(features, adapter_name, compared)
+    def _select(self, features: torch.Tensor, mask: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        return self.selection(features, mask, adapter_name)
 
 
 def feedback_path_of(backbone: nn.Module) -> FeedbackPath | None:

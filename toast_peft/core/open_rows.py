@@ -8,11 +8,19 @@ from typing import Any
 
 import torch
 
+from ..config import TopDownConfig
+
 # Arguments of which each row belongs to one row of the batch, by what transformers calls them.
 _OF_ROWS = {
     *("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids", "encoder_hidden_states"),
     *("encoder_attention_mask", "pixel_values", "pixel_mask", "bool_masked_pos", "input_values", "input_features"),
 }
+
+
+def may_skip_rows(config: TopDownConfig) -> bool:
+    """Whether pass 2 is left out where there is no feedback: in inference, where a forward may look at numbers."""
+    is_traced = torch.compiler.is_compiling() or torch.compiler.is_exporting()
+    return config.skip_closed_rows and not torch.is_grad_enabled() and not is_traced
 
 
 def open_rows(mask: torch.Tensor) -> torch.Tensor:

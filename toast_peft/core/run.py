@@ -27,8 +27,9 @@ class Run:
             them (attentions) is there.
         without_dropout: pass 1 runs without dropout, as something in the model is random.
         first_pass: which pass is running.
+        complete: pass 1 runs all blocks, as without feedback its output is that of the model.
         outputs: what the blocks below `feedback_to` returned in pass 1.
-        last_output: what the last block that ran in pass 1 returned.
+        last_output: what the last block below `feedback_from` returned in pass 1.
         feedback: for each block index what its value projection adds in pass 2.
         of_values: whether that is added to the values, and not to the input that they are computed from.
         reconstruction: compares inputs of blocks with what `linear1` makes of their outputs, if that is wanted.
@@ -45,6 +46,7 @@ class Run:
     repeat_lower_blocks: bool
     without_dropout: bool = False
     first_pass: bool = True
+    complete: bool = False
     outputs: dict[int, Any] = field(default_factory=dict)
     last_output: Any = None
     feedback: dict[int, torch.Tensor] = field(default_factory=dict)

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from .forwards import TwoPasses
 from .layers import FeedbackPath
+from .two_passes import TwoPasses
 
 
 @dataclass(kw_only=True)

@@ -39,10 +39,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..config import TopDownConfig
 from ..core.dropout import has_dropout
-from ..core.forwards import BackboneForward, BlockForward, TwoPasses
+from ..core.forwards import BackboneForward, BlockForward
 from ..core.layers import FeedbackLayer, FeedbackPath
 from ..core.run import Run
 from ..core.stack import Stack
+from ..core.two_passes import TwoPasses
 from .lookup import blocks_at, find_submodule, join_names, model_type_of
 
 _STEM = -1  # its index; the stages count from 0
@@ -294,9 +295,9 @@ class ConvNetFeedbackPath(FeedbackPath):
     def _new_layer(self, index: int, value_projection: nn.Module, config: TopDownConfig) -> FeedbackLayer:
         return ConvNetFeedbackLayer(self.shapes[index])
 
-    def _select(self, features: torch.Tensor, adapter_name: str, compared: torch.Tensor | None) -> torch.Tensor:
-        """Select positions and channels. Shape: [b, h, w, c] -> [b, c, h, w]"""
-        return super()._select(features, adapter_name, compared).movedim(-1, 1)
+    def _select(self, features: torch.Tensor, mask: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        """Select positions and channels. Shapes: [b, h, w, c], [b, h, w, 1] -> [b, c, h, w]"""
+        return super()._select(features, mask, adapter_name).movedim(-1, 1)
 
 
 class StageForward(BlockForward):

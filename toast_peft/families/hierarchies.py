@@ -22,10 +22,11 @@ from torch.nn import functional as F
 
 from ..config import TopDownConfig
 from ..core.checkpoint import CheckpointWithFeedback, unwrap_checkpoint, wrap_checkpoint
-from ..core.forwards import BackboneForward, BlockForward, TwoPasses
+from ..core.forwards import BackboneForward, BlockForward
 from ..core.layers import FeedbackLayer, FeedbackPath
 from ..core.run import Run
 from ..core.stack import Stack
+from ..core.two_passes import TwoPasses
 from ..core.value_projection import ValueHooks, input_size
 from .lookup import blocks_at, find_submodule, join_names, model_type_of
 

@@ -9,9 +9,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..config import TopDownConfig
-from ..core.forwards import TwoPasses
 from ..core.layers import FeedbackPath
 from ..core.stack import Stack
+from ..core.two_passes import TwoPasses
 from ..core.value_projection import ValueColumns, input_size, output_size
 from .lookup import blocks_at, find_submodule, join_names, known_backbones, model_type_of
 from .model_types import ARCHITECTURES, UNSUITABLE, UNSUITABLE_AS_A_WHOLE, Architecture
