@@ -15,9 +15,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from toast_peft import TopDownConfig
+from toast_peft import TopDownConfig, store_features
 
-from .helpers import assert_same, output_of
+from .helpers import adapted, assert_same, output_of
 from .zoo import VARIANTS, VOCAB_SIZE, tiny_model
 
 trl = pytest.importorskip("trl", reason="needs Python 3.11")
@@ -122,6 +122,32 @@ def test_sft_lowers_the_loss(variant: str, checkpointing: str, tmp_path: Path) -
     trainer.train()
     assert_learned(trainer, by=0.7)
     assert_saved_and_loaded(trainer, tmp_path)
+
+
+@pytest.fixture
+def tokens() -> Dataset:
+    tokenizer = tiny_tokenizer()
+    return Dataset.from_list([dict(tokenizer(sentence, return_token_type_ids=False)) for sentence in SENTENCES])
+
+
+def losses_with(model: PeftModel, data: Dataset, collator: Any, folder: Path) -> list[float]:
+    more = {"remove_unused_columns": False, "dataset_kwargs": {"skip_prepare_dataset": True}, "max_steps": 4}
+    arguments = trl.SFTConfig(**options(folder, "none", **more))
+    trainer = trl.SFTTrainer(model, arguments, collator, data, processing_class=tiny_tokenizer())
+    trainer.train()
+    return losses_of(trainer)
+
+
+def test_sft_with_stored_features(tokens: Dataset, tmp_path: Path) -> None:
+    """As the guide says: the losses are those of two passes."""
+    models = [adapted(tiny_model(tf.LlamaForCausalLM), task_type="CAUSAL_LM") for _ in range(2)]
+    collator = tf.DataCollatorForLanguageModeling(tiny_tokenizer(), mlm=False)
+    stored = store_features(models[0], tokens, tmp_path / "features", data_collator=collator)
+    rows = Dataset.from_dict({"row": range(len(stored))})
+    rows = rows.with_transform(lambda batch: {"stored": [stored[index] for index in batch["row"]]})
+    with_stored = lambda batch: stored.collate([row["stored"] for row in batch])  # noqa: E731
+    found = losses_with(models[0], rows, with_stored, tmp_path)
+    assert found == pytest.approx(losses_with(models[1], tokens, collator, tmp_path), rel=1e-4)
 
 
 @pytest.mark.slow
