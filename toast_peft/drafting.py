@@ -32,7 +32,7 @@ from transformers import (
     StaticCache,
     StoppingCriteriaList,
 )
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 from .core.cache import cache_argument, cache_parameter
 from .core.joint_pass import JointPass
@@ -155,7 +155,11 @@ class SideBySide:
 
     def step_again(self, token: torch.Tensor) -> None:
         """Run the last step again, with this as the token of pass 1. Shape: [1, 1]"""
-        self.cache.crop(-1)
+        for layer in cast(list[Any], self.cache.layers):
+            if isinstance(layer, StaticLayer):  # which cannot be cropped in transformers 5.20
+                layer.cumulative_length.sub_(1)
+            else:
+                layer.crop(-1)
         self.num_columns -= 1
         self._step(token)
 
@@ -242,13 +246,13 @@ def _feedback_path(model: PreTrainedModel) -> FeedbackPath:
 def _check_model(
     model: PreTrainedModel, path: FeedbackPath, parameters: Mapping[str, inspect.Parameter], given: Cache | None
 ) -> None:
-    layers = {type(layer).__name__ for layer in DynamicCache(config=model.config).layers}
-    other = layers - {DynamicLayer.__name__, DynamicSlidingWindowLayer.__name__}
+    layers = [*DynamicCache(config=model.config).layers, *getattr(given, "layers", [])]
+    other = {type(layer) for layer in layers} - {DynamicLayer, DynamicSlidingWindowLayer, StaticLayer}
     config = path.selection.topdown_config[str(path.active_adapter)]
     reasons = {
         "is an encoder-decoder": model.config.is_encoder_decoder,
         "does not take `position_ids`": "position_ids" not in parameters,
-        f"keeps more than keys and values ({', '.join(sorted(other))})": other,
+        f"has a cache of {', '.join(sorted(kind.__name__ for kind in other))}": other,
         "adds biases twice in pass 2 (`double_value_bias`)": config.double_value_bias,
     }
     for reason, applies in reasons.items():

@@ -174,7 +174,7 @@ def test_refused_without_an_active_adapter() -> None:
             {"target_modules": r"decoder\.block\.\d+\.layer\.0\.SelfAttention\.v"},
             "does not support T5ForConditionalGeneration, which is an encoder-decoder",
         ),
-        (tf.Qwen2_5_VLForConditionalGeneration, {}, "gives each token 4 positions"),
+        (tf.Qwen2_5_VLForConditionalGeneration, {}, "gives each token . positions"),
         (
             tf.LlamaForCausalLM,
             {"double_value_bias": True},
@@ -187,3 +187,9 @@ def test_models_that_are_refused(model_class: type, options: dict[str, Any], mes
     inputs = {"input_ids": torch.tensor([[5, 6, 7]]), "max_new_tokens": 3}
     with pytest.raises(NotImplementedError, match=message):
         model.generate(**inputs, custom_generate=draft_with_first_pass)
+
+
+def test_a_static_window_is_refused() -> None:
+    model = exact(tf.Gemma3ForCausalLM)
+    with pytest.raises(NotImplementedError, match="has a cache of StaticSlidingWindowLayer; leave out"):
+        generate(model, drafted=True, **STATIC)

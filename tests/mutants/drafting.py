@@ -13,8 +13,8 @@ OF_DRAFTING = [
     ),
     Mutant(
         "drafting: the column of a wrong draft is kept",
-        "        self.cache.crop(-1)\n        self.num_columns -= 1\n",
-        "",
+        "                layer.crop(-1)\n        self.num_columns -= 1\n",
+        "                pass\n",
         f"{WHERE}'same_tokens and Llama'",
     ),
     Mutant(
