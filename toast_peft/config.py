@@ -84,7 +84,8 @@ class TopDownConfig(PeftConfig):
             the feedback is zero.
         skip_closed_rows: in inference (under `torch.no_grad()`) run pass 2 only for the rows of a batch of which the
             prompt selects some token. The others get the output of pass 1, and if there is no such row the forward
-            costs what one of the base model does. Not in generation with a cache, nor in a compiled model.
+            costs what one of the base model does. With a key-value cache pass 2 is left out for the whole batch, until
+            some token of it is selected. Not in a compiled model.
         variational_weight: how much the variational loss counts in training: the mean squared difference between the
             input of a block and `linear1` of its output, summed over the blocks. It is added to `outputs.loss`; where
             the loss is computed outside of the model, add `model.variational_loss()` to it. For pre-tuning; the

@@ -4,8 +4,9 @@ from .drafting import OF_DRAFTING
 from .forward import IN_A_FORWARD
 from .method import AROUND_IT
 from .mutant import Mutant
+from .shared import OF_A_SHARED_CACHE
 from .stored import OF_STORED_FEATURES
 
-MUTANTS = [*IN_A_FORWARD, *AROUND_IT, *OF_STORED_FEATURES, *OF_DRAFTING]
+MUTANTS = [*IN_A_FORWARD, *AROUND_IT, *OF_STORED_FEATURES, *OF_A_SHARED_CACHE, *OF_DRAFTING]
 
 __all__ = ["MUTANTS", "Mutant"]

@@ -200,8 +200,8 @@ IN_A_FORWARD = [
     ),
     Mutant(
         "closed rows: outputs below the loop only are kept",
-        "run.kept_below = run.feedback_from if skips else run.feedback_to",
-        "run.kept_below = run.feedback_to",
+        "run.kept_below = run.feedback_from\n        self._first_pass",
+        "run.kept_below = run.feedback_to\n        self._first_pass",
         "features/test_closed_rows.py -k 'closed_batch and ViT'",
     ),
     # ----------------------------------------------------------------------------------- value projections
@@ -256,14 +256,14 @@ IN_A_FORWARD = [
     # ------------------------------------------------------------------------------------------- the cache
     Mutant(
         "cache: a layer too few for pass 1",
-        "cache.layers[owner.feedback_to : owner.feedback_from])",
-        "cache.layers[owner.feedback_to : owner.feedback_from - 1])",
+        "layers[owner.feedback_to : owner.feedback_from]\n",
+        "layers[owner.feedback_to : owner.feedback_from - 1]\n",
         f"{GENERATION}Llama",
     ),
     Mutant(
         "cache: pass 2 begins a layer too high",
-        "lower + cache.layers[feedback_to:num_layers]",
-        "lower + cache.layers[feedback_to + 1 : num_layers]",
+        "lower + cache.layers[passes.owner.feedback_to : passes.num_layers]",
+        "lower + cache.layers[passes.owner.feedback_to + 1 : passes.num_layers]",
         f"{GENERATION}Llama",
     ),
     Mutant(
@@ -286,13 +286,13 @@ IN_A_FORWARD = [
     ),
     Mutant(
         "cache: filled with the adapter, used without",
-        "if _length(cache) > 0:\n            raise",
+        "if not _is_empty(cache):\n            raise",
         "if False:\n            raise",
         "features/test_generation.py -k 'adapter_is_disabled and Llama'",
     ),
     Mutant(
         "cache: filled without the adapter, used with it",
-        "if _length(cache) > 0:\n        raise",
+        "if not _is_empty(cache):\n        raise",
         "if False:\n        raise",
         "features/test_generation.py -k 'base_model_is_refused and Llama'",
     ),

@@ -55,10 +55,10 @@ def refuse_paged_cache(kwargs: dict[str, Any]) -> None:
         )
 
 
-def is_to_be_compiled(cache: Cache | None) -> bool:
+def is_made_for_compiling(cache: Cache | None) -> bool:
     """Whether `generate` compiles forwards with this cache, if it runs on an accelerator."""
     own = _of_self_attention(cache)
-    return own is not None and own.is_compileable and type(own) is not DynamicCache
+    return own is not None and type(own) is not DynamicCache and own.is_compileable
 
 
 class CacheOwner(NamedTuple):

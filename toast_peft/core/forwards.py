@@ -32,7 +32,7 @@ from .cache import (
     TwoPassCache,
     cache_argument,
     cache_parameter,
-    is_to_be_compiled,
+    is_made_for_compiling,
     refuse_paged_cache,
     refuse_two_pass_cache,
 )
@@ -327,9 +327,9 @@ class BackboneForward(ReplacedForward):
         """Whether pass 1 may be the forward of the base model with this cache."""
         if self.module.training or (is_recording() and not self.records_itself):
             return False
-        # There `generate` compiles the forwards that follow, and a CUDA graph cannot add layers to a cache.
-        is_on_accelerator = weight_of(self.path.selection.topdown_prompt[adapter_name]).device.type != "cpu"
-        return not (is_on_accelerator and is_to_be_compiled(cache))
+        # On an accelerator `generate` compiles the forwards that follow, and a CUDA graph adds no layers to a cache.
+        prompt = self.path.selection.topdown_prompt[adapter_name]
+        return not (is_made_for_compiling(cache) and weight_of(prompt).device.type != "cpu")
 
     def origin(self, config: TopDownConfig) -> Origin:
         """What pass 1 of an adapter is."""
