@@ -1,10 +1,11 @@
-"""The tables of the benchmarks: what a comparison shows, and what `cost.py` prints."""
+"""The tables and plots of the benchmarks: what a comparison shows, and what measures of cost print."""
 
 import json
 from pathlib import Path
 
 import cost
 import decoding
+import growth
 import pandas as pd
 import pytest
 import tables
@@ -46,6 +47,18 @@ def test_decoding_is_measured_next_to_the_base_model(
     assert head[2:5] == ["a token / base", "ms for a token", "drafts that hold"]
     assert [row[1] for row in rows] == methods
     assert all(float(row[2]) > 0 and float(row[4]) == 1 for row in rows)
+
+
+def test_growth_of_the_cost_is_plotted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(growth, "USUAL", {"blocks": 2, "channels": 64, "tokens": 4})
+    monkeypatch.setattr(growth, "GROWTH", {"blocks": [2, 4], "tokens": [4, 64]})
+    growth.main(["--output_file", str(tmp_path / "growth.svg")])
+    head, *rows = cells(capsys.readouterr().out)
+    assert head[2:4] == ["TOAST", "TOAST-Lite r=8"]
+    assert all(1.4 < float(row[4]) < float(row[3]) < float(row[2]) < 2.3 for row in rows)
+    assert "<svg" in (tmp_path / "growth.svg").read_text()
 
 
 def test_costs_are_measured_next_to_the_base_model_and_lora(
