@@ -229,6 +229,7 @@ class BackboneForward(ReplacedForward):
     def _run_with_cache(
         self, adapter_name: str, run: Run, config: TopDownConfig, kwargs: dict[str, Any], cache: TwoPassCache
     ) -> Any:
+        """While the cache has had no feedback, pass 1 is the forward of the base model, and pass 2 waits for some."""
         run.complete = skips = cache.is_shared
         output = self._first_pass(run, {**kwargs, **cache.in_first_pass})
         self._begin_second_pass(adapter_name, run, kwargs, *self._features(run, config), skip_closed=skips)
