@@ -59,7 +59,7 @@ class Arguments:
     validation_file: str | None = field(default=None, metadata={"help": "Local file for the evaluation."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many conversations at most."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many at most."})
-    pretraining_steps: int = field(default=500, metadata={"help": "Steps of pre-training of the small LLaMA."})
+    pretraining_steps: int = field(default=350, metadata={"help": "Steps of pre-training of the small LLaMA."})
 
 
 def parse(argv: list[str] | None = None) -> tuple[Arguments, SFTConfig]:
@@ -91,7 +91,7 @@ def load_conversations(arguments: Arguments) -> DatasetDict:
     elif arguments.dataset_name is not None:
         data = load_dataset(arguments.dataset_name)
     else:
-        data = Dataset.from_list(list(documented_functions())).train_test_split(0.2, seed=0)
+        data = Dataset.from_list(list(documented_functions())).train_test_split(0.1, seed=0)
     if "validation" not in data:
         held_out = data if "test" in data else data["train"].train_test_split(0.1, seed=0)
         data = DatasetDict(train=held_out["train"], validation=held_out["test"])
@@ -124,9 +124,9 @@ def pretrain(folder: str, steps: int) -> None:
     """Pre-train a small LLaMA on docstrings as they are, and save it."""
     bytes_and_end = [*sorted(ByteLevel.alphabet()), "<|endoftext|>"]
     tokenizer = GPT2Tokenizer(vocab={token: index for index, token in enumerate(bytes_and_end)}, merges=[])
-    size = {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 4, "num_attention_heads": 4}
+    size = {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **size))
-    schedule = {"max_steps": steps, "learning_rate": 3e-3, "lr_scheduler_type": "cosine", "warmup_steps": 0.05}
+    schedule = {"max_steps": steps, "learning_rate": 5e-3, "lr_scheduler_type": "cosine", "warmup_steps": 0.05}
     packing = {"packing": True, "packing_strategy": "wrapped", "max_length": 128}
     options = {"save_strategy": "no", "gradient_checkpointing": False, "bf16": is_torch_bf16_gpu_available()}
     texts = Dataset.from_dict({"text": [row["output"] for row in documented_functions()]})

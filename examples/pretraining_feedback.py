@@ -63,7 +63,7 @@ class Arguments:
     label_column_name: str = field(default="label", metadata={"help": "Column with the classes of the images."})
     image_size: int | None = field(default=None, metadata={"help": "Resize the images to this size."})
     task_steps: int = field(default=150, metadata={"help": "Steps of training on the task, with texts."})
-    pretraining_steps: int = field(default=600, metadata={"help": "Steps of pre-training of the small LLaMA."})
+    pretraining_steps: int = field(default=350, metadata={"help": "Steps of pre-training of the small LLaMA."})
 
 
 def parse(argv: list[str] | None = None) -> tuple[Arguments, TrainingArguments]:
@@ -74,7 +74,7 @@ def parse(argv: list[str] | None = None) -> tuple[Arguments, TrainingArguments]:
     trainer_parser = HfArgumentParser(TrainingArguments)
     trainer_parser.set_defaults(
         output_dir="outputs/pretraining_feedback",
-        max_steps=300,
+        max_steps=200,
         learning_rate=1e-3,
         logging_steps=20,
         save_strategy="no",
@@ -127,7 +127,7 @@ def pretrain_llama(folder: str, arguments: Arguments) -> None:
     bytes_and_end = [*sorted(ByteLevel.alphabet()), "<|endoftext|>"]
     tokenizer = GPT2Tokenizer(vocab={token: index for index, token in enumerate(bytes_and_end)}, merges=[])
     tokenizer.save_pretrained(folder)
-    size = {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 4, "num_attention_heads": 4}
+    size = {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **size))
     schedule = {"max_steps": arguments.pretraining_steps, "lr_scheduler_type": "cosine", "warmup_steps": 0.05}
     data = blocks_of_tokens(library_docstrings(numeric=False), folder, "text", arguments.block_size)
