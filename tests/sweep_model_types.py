@@ -4,18 +4,21 @@
 
 A model type is *right* if with `TopDownConfig()`, so without any help,
 
-- start: the new adapter changes no bit of the output,
-- values: in the first block, feedback changes what attention gets as values and neither its queries nor its keys,
+- start: the new adapter changes no bit of the output, in training mode neither,
+- values: in each block, its feedback changes what attention gets as values and neither its queries nor its keys,
 - gradients: they reach every trained part,
+- training: in training mode, where dropout is on, outputs are finite and steered, and gradients reach every part,
 - cache: generation with a cache computes what generation without one does,
 - loading: a saved adapter on a new model gives the same output.
 
-A model type may be *refused*, by a sentence, before anything is changed; this needs no inputs. All else is *wrong*.
+What a model itself does not have is not checked: attention, a forward in training mode without labels, a cache. It may
+be *refused*, by a sentence, before anything is changed; this needs no inputs. All else is *wrong*.
 Each type runs in a process of its own, with a time limit.
 """
 
 import argparse
 import contextlib
+import copy
 import logging
 import multiprocessing
 import os
@@ -59,6 +62,20 @@ class Row(NamedTuple):
     why: str = ""
 
 
+class Expected(NamedTuple):
+    """What the base model computes.
+
+    Args:
+        outputs: in evaluation mode.
+        in_training: in training mode, `None` if it does not run in it without labels.
+        generated: logits with and without a cache, `None` if it does not generate.
+    """
+
+    outputs: list[torch.Tensor]
+    in_training: list[torch.Tensor] | None
+    generated: tuple[torch.Tensor, torch.Tensor] | None
+
+
 def model_types() -> list[str]:
     """All model types that an auto class makes a model of."""
     return sorted(name for name in CONFIG_MAPPING_NAMES if auto_mapping_of(name))
@@ -69,12 +86,9 @@ def model_types() -> list[str]:
 
 def examine(model_type: str) -> Row:
     """Build a model of the type, adapt it and check it."""
-    generated = None
     try:
         base, inputs = tiny_model(model_type)
-        expected = outputs_of(base, inputs)
-        with contextlib.suppress(Exception):
-            generated = _cached_and_not(base, inputs)
+        expected = expected_of(base, inputs)
     except Exception as error:  # the model itself
         return _without_inputs(model_type, f"{type(error).__name__}: {error}")
     try:
@@ -89,8 +103,9 @@ def examine(model_type: str) -> Row:
         ("start", lambda: _check_start(model, inputs, expected)),
         ("values", lambda: _check_values(model, inputs)),
         ("gradients", lambda: _check_gradients(model, inputs)),
-        ("cache", lambda: _check_cache(model, inputs, generated)),
-        ("loading", lambda: _check_loading(model, inputs, tiny_model(model_type)[0], expected)),
+        ("training", lambda: _check_training(model, inputs, expected)),
+        ("cache", lambda: _check_cache(model, inputs, expected)),
+        ("loading", lambda: _check_loading(model, inputs, expected, tiny_model(model_type)[0])),
     )
     passed = []
     for name, check in checks:
@@ -115,8 +130,29 @@ def _without_inputs(model_type: str, why: str) -> Row:
     return Row(model_type, "", "not tried", why)
 
 
+def expected_of(base: nn.Module, inputs: dict[str, torch.Tensor]) -> Expected:
+    outputs, trained, generated = outputs_of(base, inputs), None, None
+    with contextlib.suppress(Exception), in_training(base):
+        trained = outputs_of(base, inputs)
+    with contextlib.suppress(Exception):
+        generated = _cached_and_not(base, inputs)
+    return Expected(outputs, trained, generated)
+
+
+@contextmanager
+def in_training(model: nn.Module) -> Iterator[None]:
+    """Inside, a model is in training mode; what norms learn of the batches is forgotten."""
+    state = copy.deepcopy(model.state_dict())
+    model.train()
+    try:
+        yield
+    finally:
+        model.eval()
+        model.load_state_dict(state)
+
+
 def outputs_of(model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    torch.manual_seed(0)
+    transformers.set_seed(0)  # that of numpy as well, from which speech models draw what they mask
     with torch.no_grad():
         return list(_tensors(model(**inputs)))
 
@@ -133,8 +169,14 @@ def _paths(model: nn.Module) -> list[FeedbackPath]:
     return [module for module in model.modules() if isinstance(module, FeedbackPath)]
 
 
-def _check_start(model: nn.Module, inputs: dict[str, torch.Tensor], expected: list[torch.Tensor]) -> None:
-    found = outputs_of(model, inputs)
+def _check_start(model: nn.Module, inputs: dict[str, torch.Tensor], expected: Expected) -> None:
+    _assert_same(outputs_of(model, inputs), expected.outputs)
+    if expected.in_training is not None:
+        with in_training(model):
+            _assert_same(outputs_of(model, inputs), expected.in_training)
+
+
+def _assert_same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
     assert len(found) == len(expected), "another number of outputs"
     for tensor, before in zip(found, expected, strict=True):
         # Other memory may have other rounding.
@@ -177,12 +219,10 @@ class AttentionSpy(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if self.running and name == "scaled_dot_product_attention":
             self.calls[-1].append((*args, *(kwargs[key] for key in ("query", "key", "value") if key in kwargs))[:3])
-        elif (
-            self.running
-            and name == "softmax"
-            and isinstance(scores := args[0] if args else kwargs["input"], torch.Tensor)
-        ):
-            self.calls[-1].append((scores,))
+        elif self.running and name == "softmax":
+            scores = args[0] if args else kwargs["input"]
+            if isinstance(scores, torch.Tensor):
+                self.calls[-1].append((scores,))
         return func(*args, **kwargs)
 
     @contextmanager
@@ -199,31 +239,37 @@ class AttentionSpy(TorchFunctionMode):
 
 
 def _check_values(model: nn.Module, inputs: dict[str, torch.Tensor]) -> bool:
-    """Pass 1 and pass 2 differ in the first block by the values, and by nothing else.
+    """Pass 1 and pass 2 differ in each block that receives feedback by the values, and by nothing else.
 
     Returns:
         Whether there is attention to look at, as there is none in ConvNets.
     """
     _steer(model, inputs)
-    hooks = [path.passes.value_hooks for path in _paths(model)]
-    if not all(hooks):
+    paths = _paths(model)
+    if not all(path.passes.value_hooks for path in paths):
         return False
-    for path, of_path in zip(_paths(model), hooks, strict=True):
-        first = min(of_path)
-        _check_values_of(model, inputs, path, of_path[first])
+    for path in paths:
+        for hooks in path.passes.value_hooks.values():
+            _check_values_of(model, inputs, path, hooks)
     return True
 
 
 def _check_values_of(model: nn.Module, inputs: dict[str, torch.Tensor], path: FeedbackPath, hooks: ValueHooks) -> None:
+    """The same of one block, which alone gets its feedback, so that its input is the same in both passes."""
     projection = path.layers[str(hooks.index)].value_projection
     name = next(name for name, module in model.named_modules() if module is projection)
     attention = model.get_submodule(name.rpartition(".")[0])
     feedback, projected, of_others = [], [], []
     spy = AttentionSpy()
+
+    def keep(path: FeedbackPath, args: tuple, td: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+        feedback.append(td[hooks.index])
+        return {hooks.index: td[hooks.index]}
+
     others = [part for part in attention.children() if isinstance(part, nn.Linear) and part is not projection]
     with (
         contextlib.ExitStack() as more,
-        path.register_forward_hook(lambda path, args, td: feedback.append(td[hooks.index])),
+        path.register_forward_hook(keep),
         projection.register_forward_hook(lambda module, args, output: projected.append((args[0], _first(output)))),
         spy.watching(attention),
     ):
@@ -249,7 +295,7 @@ def _check_values_of(model: nn.Module, inputs: dict[str, torch.Tensor], path: Fe
 
 
 def _check_gradients(model: nn.Module, inputs: dict[str, torch.Tensor]) -> None:
-    torch.manual_seed(0)
+    transformers.set_seed(0)
     outputs = [output.float() for output in _tensors(model(**inputs)) if output.requires_grad]
     weights = [torch.linspace(-1, 1, output.numel()).view_as(output) for output in outputs]
     losses = [(w * out).sum().tanh() + out.square().mean() for w, out in zip(weights, outputs, strict=True)]
@@ -259,6 +305,19 @@ def _check_gradients(model: nn.Module, inputs: dict[str, torch.Tensor]) -> None:
     ]
     model.zero_grad()
     assert not without, f"none for {without[0]} and {len(without) - 1} more"
+
+
+def _check_training(model: nn.Module, inputs: dict[str, torch.Tensor], expected: Expected) -> bool:
+    """Where the base model itself runs in training mode; a block without steering would get no gradients."""
+    if expected.in_training is None:
+        return False
+    with in_training(model):
+        found = outputs_of(model, inputs)
+        for tensor, before in zip(found, expected.in_training, strict=True):
+            assert tensor.isfinite().all() or not before.isfinite().all(), "the output is not finite"
+        assert not all(map(torch.equal, found, expected.in_training)), "the adapter has no effect"
+        _check_gradients(model, inputs)
+    return True
 
 
 def _cached_and_not(model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -277,8 +336,9 @@ def _cached_and_not(model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[
     return logits[0], logits[1]
 
 
-def _check_cache(model: nn.Module, inputs: dict[str, torch.Tensor], of_base: Any) -> bool:
+def _check_cache(model: nn.Module, inputs: dict[str, torch.Tensor], expected: Expected) -> bool:
     """Where the base model itself generates the same with and without a cache."""
+    of_base = expected.generated
     if of_base is None or not torch.allclose(*of_base, rtol=1e-3, atol=1e-4):
         return False
     cached, recomputed = _cached_and_not(model, inputs)
@@ -288,9 +348,9 @@ def _check_cache(model: nn.Module, inputs: dict[str, torch.Tensor], of_base: Any
     return True
 
 
-def _check_loading(model: nn.Module, inputs: dict[str, torch.Tensor], base: nn.Module, expected: list) -> None:
+def _check_loading(model: nn.Module, inputs: dict[str, torch.Tensor], expected: Expected, base: nn.Module) -> None:
     found = outputs_of(model, inputs)
-    assert not all(map(torch.equal, found, expected)), "the adapter has no effect"
+    assert not all(map(torch.equal, found, expected.outputs)), "the adapter has no effect"
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         loaded = PeftModel.from_pretrained(base, folder).eval()
@@ -343,9 +403,10 @@ their value projections are, the others by their structure. {refused} are refuse
 changed, for which a model need not run. {wrong} go wrong, and {not_tried} are not tried, as no tiny model could be
 made that runs here. Vision towers of timm are replaced by a small ResNet or ViT.
 
-*start*: a new adapter changes nothing. *values*: in the first block feedback changes the values of the attention, and
-not its queries and keys. *gradients*: they reach every trained part. *cache*: generation with a cache computes what it
-does without one (of types that do so themselves). *loading*: a saved adapter gives the same on a new model."""
+*start*: a new adapter changes nothing, in training mode neither. *values*: in each block, its feedback changes the
+values of the attention, and not its queries and keys. *gradients*: they reach every trained part. *training*: with
+dropout as well, and the outputs are finite and steered. *cache*: generation with a cache computes what it does without
+one (of types that do so themselves). *loading*: a saved adapter gives the same on a new model."""
 
 
 def page(rows: list[Row]) -> str:

@@ -1,6 +1,8 @@
 """The pre-training example: it learns, resumes, and gives an adapter that others start from."""
 
 import json
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import image_classification
@@ -27,6 +29,14 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     digits = image_classification.handwritten_digits(range(5, 10), examples_per_class=8)
     digits["train"].to_parquet(folder / "data" / "train.parquet")
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def library_is_read_once() -> Iterator[None]:
+    """All docstrings of Python's library, which takes longer than what is done with them here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretraining_feedback, "library_docstrings", cache(pretraining_feedback.library_docstrings))
+        yield
 
 
 def run(modality: str, bases: Path, folder: Path, *options: str) -> dict[str, float]:

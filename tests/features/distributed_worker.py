@@ -37,12 +37,18 @@ SCENARIOS = {
 BATCH_SIZE = 4
 
 
+def scenario_base(model_class: type, scenario: str) -> torch.nn.Module:
+    """The base model of a scenario; of two blocks where the passes go over all."""
+    ranges = {"feedback_from", "feedback_to"} & SCENARIOS[scenario][0].keys()
+    return tiny_model(model_class, tie_word_embeddings=False, num_hidden_layers=4 if ranges else 2)
+
+
 def scenario_model(model_class: type, scenario: str) -> PeftModel:
     """The model of a scenario before training."""
     options, use_reentrant = SCENARIOS[scenario]
     if "modules_to_save" in options:
         options = {"modules_to_save": [HEADS[model_class]]}
-    model = steered(tiny_model(model_class, tie_word_embeddings=False), **options).train()
+    model = steered(scenario_base(model_class, scenario), **options).train()
     if use_reentrant is not None:
         model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     return model

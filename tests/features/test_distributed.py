@@ -11,8 +11,16 @@ from accelerate.commands.config.config_args import ClusterConfig
 from peft import PeftModel
 
 from ..helpers import assert_same, output_of
-from ..zoo import VIT_AND_LLAMA, inputs_of, tiny_model
-from .distributed_worker import BATCH_SIZE, SCENARIOS, optimizer_of, scenario_inputs, scenario_model, train
+from ..zoo import VIT_AND_LLAMA, inputs_of
+from .distributed_worker import (
+    BATCH_SIZE,
+    SCENARIOS,
+    optimizer_of,
+    scenario_base,
+    scenario_inputs,
+    scenario_model,
+    train,
+)
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE_CONFIGS = sorted((ROOT / "examples" / "accelerate_configs").glob("*.yaml"))
@@ -50,7 +58,7 @@ def assert_trained_as_by_one_process(model_class: type, scenario: str, folder: P
     model = scenario_model(model_class, scenario)
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     train(model, optimizer_of(model), scenario_inputs(model))
-    base = tiny_model(model_class, tie_word_embeddings=False)
+    base = scenario_base(model_class, scenario)
     loaded = PeftModel.from_pretrained(base, folder, is_trainable=True).eval()
     assert before.keys() == {name for name, p in loaded.named_parameters() if p.requires_grad}
     for name, start in before.items():

@@ -24,6 +24,7 @@ RATES: dict[type, dict[str, Any]] = {
         "layerdrop": 0.5,
         "apply_spec_augment": False,
     },
+    tf.DINOv3ViTModel: {"pos_embed_rescale": 2.0},
     tf.GPT2LMHeadModel: {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1},
     tf.WhisperForConditionalGeneration: {"dropout": 0.1, "decoder_layerdrop": 0.5, "encoder_layerdrop": 0.5},
 }

@@ -28,8 +28,9 @@ class Logits(torch.nn.Module):
 
 
 def vit(**options: Any) -> tuple[Logits, torch.Tensor]:
-    """A ViT with an adapter whose effect is visible, and images."""
-    base = tiny_model(tf.ViTForImageClassification)
+    """A ViT with an adapter whose effect is visible, and images; of two blocks where the passes go over all."""
+    size = {} if "feedback_from" in options else {"num_hidden_layers": 2}
+    base = tiny_model(tf.ViTForImageClassification, **size)
     base_output = output_of(base)
     model = steered(base, **options)
     assert (output_of(model) - base_output).abs().max() > 0.1

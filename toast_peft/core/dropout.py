@@ -18,8 +18,8 @@ from .module_tree import modules_inside
 from .value_projection import input_size
 
 # Parts of the names that transformers gives to what is random in training: `attn_pdrop`, `layerdrop`,
-# `drop_path_rate`, `router_jitter_noise`.
-_RANDOM = ("drop", "jitter")
+# `drop_path_rate`, `router_jitter_noise`; DINOv3 moves its positions.
+_RANDOM = ("drop", "jitter", "pos_embed_rescale", "pos_embed_shift")
 
 
 def has_dropout(backbone: nn.Module) -> bool:
