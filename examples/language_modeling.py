@@ -61,7 +61,7 @@ class Arguments:
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many texts at most."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many texts at most."})
     store_features: str | None = field(default=None, metadata={"help": "Run pass 1 once, stored in this folder."})
-    pretraining_steps: int = field(default=800, metadata={"help": "Steps of pre-training of the small LLaMA."})
+    pretraining_steps: int = field(default=500, metadata={"help": "Steps of pre-training of the small LLaMA."})
 
 
 def parse(argv: list[str] | None = None) -> tuple[Arguments, TrainingArguments]:

@@ -4,6 +4,7 @@ Its features are then those of inference also in training, and it uses up no ran
 model would draw, so that an adapter that starts as a no-op starts as the base model in training mode as well.
 """
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -19,7 +20,7 @@ from .value_projection import input_size
 
 # Parts of the names that transformers gives to what is random in training: `attn_pdrop`, `layerdrop`,
 # `drop_path_rate`, `router_jitter_noise`; DINOv3 moves its positions.
-_RANDOM = ("drop", "jitter", "pos_embed_rescale", "pos_embed_shift")
+_RANDOM = re.compile(r"drop|jitter|pos_embed_(rescale|shift)")
 
 
 def has_dropout(backbone: nn.Module) -> bool:
@@ -33,7 +34,7 @@ def has_dropout(backbone: nn.Module) -> bool:
     config = getattr(backbone, "config", None)
     if config is None:
         return True
-    return any(_is_positive(value) for name, value in config.__dict__.items() if any(part in name for part in _RANDOM))
+    return any(_is_positive(value) for name, value in config.__dict__.items() if _RANDOM.search(name))
 
 
 def _is_positive(value: Any) -> bool:
