@@ -49,7 +49,7 @@ def draft_with_first_pass(
 ) -> torch.Tensor:
     """Generate with both passes side by side: `model.generate(..., custom_generate=draft_with_first_pass)`.
 
-    Greedily it gives the tokens that `generate` gives without it, and with sampling tokens of the same distribution.
+    Greedily it gives the tokens that `generate` gives without it, and with sampling the same ones for the same seed.
     Of the options of `generate` it takes logits processors, stopping criteria and a static cache, with which
     transformers compiles the model on a GPU. It hands a `streamer` to no `custom_generate`.
 
@@ -131,11 +131,11 @@ class SideBySide:
         logits = self._run(self.model, JointPass(0, first.next_features), **{**inputs, self.cache_name: caches[1]})
         # In the second row a column before all others, and in the first one after them for `step_again` to take back.
         for index, (of_first, of_second) in enumerate(zip(caches[0].layers, caches[1].layers, strict=True)):
-            for name in ("keys", "values"):
-                setattr(of_first, name, F.pad(getattr(of_first, name), (0, 0, 0, 1)))
-                setattr(of_second, name, F.pad(getattr(of_second, name), (0, 0, 1, 0)))
             keys, values = (
-                torch.cat([getattr(x, name) for x in (of_first, of_second)]) for name in ("keys", "values")
+                torch.cat(
+                    [F.pad(getattr(of_first, name), (0, 0, 0, 1)), F.pad(getattr(of_second, name), (0, 0, 1, 0))]
+                )
+                for name in ("keys", "values")
             )
             self.cache.update(keys, values, index)
         mask = kwargs.get("attention_mask")
@@ -147,10 +147,9 @@ class SideBySide:
         if positions.dim() != 2:
             raise _not_supported(self.model, f"gives each token {len(positions)} positions")
         self.position = positions[:, -1:]
-        self.features, self.token = (
-            first.next_features[:, -1:].clone(memory_format=torch.contiguous_format),
-            input_ids[:, -1:],
-        )
+        # With the strides that those of a step have, or a compiled forward would be compiled twice.
+        self.features = first.next_features[:, -1:].clone(memory_format=torch.contiguous_format)
+        self.token = input_ids[:, -1:]
         return logits[:, -1].float()
 
     def step_again(self, token: torch.Tensor) -> None:

@@ -106,15 +106,19 @@ def make_model(arguments: Arguments, shape: str, method: str) -> nn.Module:
     with torch.device(arguments.device):
         model = model_class(copy.deepcopy(config)).to(getattr(torch, arguments.dtype))
     model = model.requires_grad_(False)
+    model = adapt(model, method)
+    if arguments.compile_model:
+        model.compile()
+    return model
+
+
+def adapt(model: nn.Module, method: str) -> nn.Module:
+    """The model adapted with a method, fused or merged if its name says so; itself for "base"."""
     if method != "base":
         model = apply_method(model, method.removesuffix(FUSED).removesuffix(STORED).removesuffix(MERGED))
     if method.endswith(FUSED):
         model.eval().fuse_feedback()
-    if method.endswith(MERGED):
-        model = model.merge_and_unload()
-    if arguments.compile_model:
-        model.compile()
-    return model
+    return model.merge_and_unload() if method.endswith(MERGED) else model
 
 
 def make_inputs(arguments: Arguments, shape: str) -> Inputs:

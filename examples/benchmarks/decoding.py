@@ -20,10 +20,9 @@ from typing import Any
 
 import pandas as pd
 import torch
-from cost import FUSED, MERGED, MODELS, HelpFormatter
+from cost import FUSED, MODELS, HelpFormatter, adapt
 from cost import Arguments as CostArguments
 from cost import make_model as make_model_of_shape
-from methods import apply_method
 from peft import PeftModel
 from torch import nn
 from tqdm import tqdm
@@ -63,14 +62,13 @@ def make_model(arguments: Arguments, method: str) -> nn.Module:
         options = CostArguments(device=arguments.device, dtype=arguments.dtype)
         return make_model_of_shape(options, arguments.model, method).eval()
     model = AutoModelForCausalLM.from_pretrained(arguments.model_name_or_path, dtype=arguments.dtype)
-    if method.startswith("toast") and arguments.adapter is not None:
-        model = PeftModel.from_pretrained(model, arguments.adapter)
-    elif method != "base":
-        model = apply_method(model, method.removesuffix(FUSED).removesuffix(MERGED))
-    model = model.to(arguments.device).eval()
+    model = model.to(arguments.device)
+    if arguments.adapter is None or not method.startswith("toast"):
+        return adapt(model, method).eval()
+    model = PeftModel.from_pretrained(model, arguments.adapter).eval()
     if method.endswith(FUSED):
         model.fuse_feedback()
-    return model.merge_and_unload() if method.endswith(MERGED) else model
+    return model
 
 
 def make_prompts(arguments: Arguments) -> list[torch.Tensor]:

@@ -192,9 +192,7 @@ class BackboneForward(ReplacedForward):
     def _run_twice(self, adapter_name: str, kwargs: dict[str, Any]) -> Any:
         config = self.path.selection.topdown_config[adapter_name]
         run = self._new_run(config, kwargs)
-        if self.path.fused is not None:
-            self.path.fused.check(adapter_name, self.module.training)
-            run.of_values = self.path.fused.of_values
+        self._check_fused(adapter_name, run)
         if self.module.training and config.variational_weight > 0:
             run.reconstruction = Reconstruction(self.path, adapter_name, padding_to_leave_out(config, kwargs))
         stored, self.state.current.stored = self.state.current.stored, None
@@ -259,9 +257,7 @@ class BackboneForward(ReplacedForward):
         """Both passes in one: some rows without feedback, the others with that of other features."""
         config = self.path.selection.topdown_config[adapter_name]
         run = replace(self._new_run(config, kwargs), first_pass=False, repeat_lower_blocks=True, keeps_features=True)
-        if self.path.fused is not None:
-            self.path.fused.check(adapter_name, self.module.training)
-            run.of_values = self.path.fused.of_values
+        self._check_fused(adapter_name, run)
         features = joint.features_of_rows()
         if features is not None:
             run.feedback = self.path(features, adapter_name)
@@ -269,6 +265,11 @@ class BackboneForward(ReplacedForward):
         output = self.original(**kwargs)
         joint.next_features = self._features(run, config)[0][: joint.num_first_rows]
         return output
+
+    def _check_fused(self, adapter_name: str, run: Run) -> None:
+        if self.path.fused is not None:
+            self.path.fused.check(adapter_name, self.module.training)
+            run.of_values = self.path.fused.of_values
 
     def _of_open_rows(self, run: Run, kwargs: dict[str, Any]) -> Any:
         """The output of pass 2, which the rows without feedback have from pass 1."""
