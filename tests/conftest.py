@@ -1,6 +1,10 @@
 """Settings of the test session: no network, one thread, the same random numbers for every test."""
 
+import gc
 import os
+from collections.abc import Iterator
+from functools import cache
+from importlib import import_module
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -19,6 +23,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=300,
         help="how many tests/features/test_damaged_adapters.py tries",
     )
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays, so the garbage collector need not look at it again; the Trainer calls it often."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def library_is_read_once() -> Iterator[None]:
+    """All docstrings of Python's library, which takes longer than what the examples do with them in tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("language_modeling", "pretraining_feedback"):
+            example = import_module(name)
+            patch.setattr(example, "library_docstrings", cache(example.library_docstrings))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
 """The tables and plots of the benchmarks: what a comparison shows, and what measures of cost print."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import growth
 import pandas as pd
 import pytest
 import tables
+import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
@@ -69,13 +71,22 @@ def test_costs_are_measured_next_to_the_base_model_and_lora(
     )
     monkeypatch.setitem(cost.MODELS, "llama-256", (LlamaForCausalLM, config))
     options = ["--models", "llama-256", "--rounds", "2", "--batch_size", "1", "--length", "4", "--methods", "toast"]
-    cost.main([*options, "toast-fused", "toast-stored", "--output_file", str(tmp_path / "cost.json")])
-    head, base, lora, toast, fused, stored = cells(capsys.readouterr().out)
+    cost.main([*options, "toast-fused", "toast-stored", "free", "--output_file", str(tmp_path / "cost.json")])
+    head, base, lora, toast, fused, stored, free = cells(capsys.readouterr().out)
     assert head[2:5] == ["forward / base", "training step / lora", "decoding / base"]
     assert head[5:-1] == ["FLOPs / base", "kernels / base", "activations kept, MB"]
     assert [base[i] for i in (1, 3, 5, 6, 7)] == ["base", "-", "1.00", "1.00", "-"]
     assert (lora[1], toast[1], fused[1], fused[3]) == ("lora", "toast", "toast-fused", "-")
     assert (stored[1], stored[2]) == ("toast-stored", "-") and float(stored[3]) > 0
     assert all(float(ratio) > 0 for ratio in toast[2:-2])
+    assert (free[1], free[2], free[6]) == ("free", "-", "-") and float(free[3]) > 0
     saved = json.loads((tmp_path / "cost.json").read_text(encoding="utf-8"))["models"]["llama-256"]
     assert saved["toast"]["kernels / base"] > saved["toast-fused"]["kernels / base"] > 1.9
+
+
+@pytest.mark.parametrize("shape", cost.MODELS)
+def test_lora_adapts_the_model_of_every_shape(shape: str) -> None:
+    model_class, config = cost.MODELS[shape]
+    with torch.device("meta"):
+        model = cost.adapt(model_class(copy.deepcopy(config)), "lora")
+    assert any("lora_B" in name for name, parameter in model.named_parameters() if parameter.requires_grad)

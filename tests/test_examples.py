@@ -6,8 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -25,6 +23,7 @@ import transformers as tf
 from peft import PeftModel
 from torch import nn
 
+pytestmark = pytest.mark.usefixtures("library_is_read_once")
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "examples"
 SCRIPTS = (
@@ -55,14 +54,6 @@ def assert_loads_and_steers(base: nn.Module, output: Path, inputs: dict[str, tor
         adapted = model(**inputs)["logits"]
         with model.disable_adapter():
             assert (adapted - model(**inputs)["logits"]).abs().max() > 1e-5
-
-
-@pytest.fixture(scope="module", autouse=True)
-def library_is_read_once() -> Iterator[None]:
-    """All docstrings of Python's library, which takes longer than what is done with them here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(language_modeling, "library_docstrings", cache(language_modeling.library_docstrings))
-        yield
 
 
 @pytest.fixture

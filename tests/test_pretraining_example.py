@@ -1,10 +1,9 @@
 """The pre-training example: it learns, resumes, and gives an adapter that others start from."""
 
 import json
-from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
+import datasets
 import image_classification
 import language_modeling
 import pretraining_feedback
@@ -21,7 +20,7 @@ OPTIONS += ["--lr_scheduler_type", "constant", "--save_strategy", "steps", "--sa
 
 
 @pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bases(tmp_path_factory: pytest.TempPathFactory, library_is_read_once: None) -> Path:
     """The small models of the examples, hardly pre-trained, and images with labels."""
     folder = tmp_path_factory.mktemp("bases")
     image_classification.pretrain(folder / "images", steps=2)
@@ -31,12 +30,10 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", autouse=True)
-def library_is_read_once() -> Iterator[None]:
-    """All docstrings of Python's library, which takes longer than what is done with them here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretraining_feedback, "library_docstrings", cache(pretraining_feedback.library_docstrings))
-        yield
+@pytest.fixture(autouse=True)
+def streams_end_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """datasets waits for its threads whenever a stream is not read to its end."""
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
 
 
 def run(modality: str, bases: Path, folder: Path, *options: str) -> dict[str, float]:

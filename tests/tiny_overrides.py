@@ -151,6 +151,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "keypoint_encoder_sizes": [8, 16, 32],
         "keypoint_detector_config": {"descriptor_decoder_dim": 32},
     },
+    "swin": {"image_size": 32, "patch_size": 2, "window_size": 4, "depths": [2, 2], "num_heads": [2, 4]},
     "t5gemma2_encoder": {"text_config": {"dropout_rate": 0.0}},
     "time_series_transformer": _SERIES,
     "tipsv2_dpt": _DPT,

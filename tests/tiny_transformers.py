@@ -1,7 +1,7 @@
 """A tiny random model of any model type of transformers, made from its config class, and inputs that it takes."""
 
 import contextlib
-import copy
+from functools import cache
 
 import torch
 from torch import nn
@@ -56,16 +56,18 @@ def model_that_may_not_run(model_type: str) -> nn.Module:
         return model_class_of(model_type)(CONFIG_MAPPING[model_type]())
 
 
+@cache
+def _number_of_parameters(model_type: str, number_of_try: int) -> int:
+    with torch.device("meta"):
+        model = model_class_of(model_type)(tiny_config(CONFIG_MAPPING[model_type], TRIES[number_of_try]))
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def _model(model_type: str, sizes: dict) -> nn.Module:
     torch.manual_seed(0)
     config = tiny_config(CONFIG_MAPPING[model_type], sizes)
-    if sizes is not SIZES:
-        with torch.device("meta"):
-            size = sum(
-                parameter.numel() for parameter in model_class_of(model_type)(copy.deepcopy(config)).parameters()
-            )
-        if size > _MOST_PARAMETERS:
-            raise ValueError(f"{size:,} parameters")
+    if sizes is not SIZES and (size := _number_of_parameters(model_type, TRIES.index(sizes))) > _MOST_PARAMETERS:
+        raise ValueError(f"{size:,} parameters")
     model = model_class_of(model_type)(config)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -198,12 +198,12 @@ def _loader_of(base: nn.Module) -> str | None:
 
 
 def _auto_classes_of(base: PreTrainedModel) -> list[str]:
+    classes = {name: member for name, member in vars(modeling_auto).items() if name.startswith("AutoModel")}
+    # Compared with None: whether a mapping is empty would import every model of transformers.
+    mappings = {name: member._model_mapping for name, member in classes.items() if member._model_mapping is not None}
+    config_class = type(base.config)
     return [
-        name
-        for name, auto_class in vars(modeling_auto).items()
-        if name.startswith("AutoModel")
-        and type(base.config) in (auto_class._model_mapping or ())
-        and auto_class._model_mapping[type(base.config)] is type(base)
+        name for name, mapping in mappings.items() if config_class in mapping and mapping[config_class] is type(base)
     ]
 
 

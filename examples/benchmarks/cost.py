@@ -7,7 +7,8 @@ The models are made from configs with random weights; what they compute does not
 right after what it is compared with, the base model (forward and decoding) or LoRA (training step), and the table has
 the medians of these ratios over the rounds, so that a noisy machine slows both alike. `toast-fused` is `toast` with
 fused feedback, which is for inference; `toast-stored` is a training step of `toast` with stored features;
-`lora-merged` is LoRA merged into the base model.
+`lora-merged` is LoRA merged into the base model. `free` is an adapter of no cost, for which only the gradient of what
+the first block gets is computed: the floor of a training step of whatever changes the first block.
 """
 
 import argparse
@@ -45,6 +46,7 @@ from toast_peft import store_features
 
 Inputs = dict[str, Any]
 FUSED, STORED, MERGED = "-fused", "-stored", "-merged"
+FREE = "free"
 
 
 def _vit(size: int, heads: int) -> tuple[type[nn.Module], PreTrainedConfig]:
@@ -87,7 +89,8 @@ class Arguments:
             f"LoRA with {MERGED!r}.",
             "choices": [name for name, method in METHODS.items() if method.config]
             + [name + suffix for name in METHODS if name.startswith("toast") for suffix in (FUSED, STORED)]
-            + [name + MERGED for name in METHODS if name.startswith("lora")],
+            + [name + MERGED for name in METHODS if name.startswith("lora")]
+            + [FREE],
         },
     )
     device: str = field(default="cpu", metadata={"help": "Device to measure on."})
@@ -114,6 +117,9 @@ def make_model(arguments: Arguments, shape: str, method: str) -> nn.Module:
 
 def adapt(model: nn.Module, method: str) -> nn.Module:
     """The model adapted with a method, fused or merged if its name says so; itself for "base"."""
+    if method == FREE:
+        model.enable_input_require_grads()
+        return model
     if method != "base":
         model = apply_method(model, method.removesuffix(FUSED).removesuffix(STORED).removesuffix(MERGED))
     if method.endswith(FUSED):
@@ -266,7 +272,7 @@ def is_trained(method: str) -> bool:
 
 def runs_alone(method: str) -> bool:
     """Whether there is inference to measure."""
-    return not method.endswith(STORED)
+    return method != FREE and not method.endswith(STORED)
 
 
 def times(models: dict[str, nn.Module], inputs: dict[str, Inputs], arguments: Arguments) -> pd.DataFrame:

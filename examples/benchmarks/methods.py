@@ -19,8 +19,8 @@ import toast_peft
 from toast_peft import TopDownConfig
 
 PROMPT_LENGTH = 10
-# What transformers calls these projections, in most models and in older ones.
-QUERIES_AND_VALUES = ["q_proj", "v_proj", "query", "value"]
+# What transformers calls these projections, in most models, in older ones, and in GPT-2, where the keys are in it too.
+QUERIES_AND_VALUES = ["q_proj", "v_proj", "query", "value", "c_attn"]
 
 
 class Method(NamedTuple):

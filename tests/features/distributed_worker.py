@@ -1,8 +1,9 @@
-"""One of two processes: trains every scenario under one kind of parallelism and saves adapters and outputs.
+"""One of two processes: trains every scenario under each kind of parallelism and saves adapters and outputs.
 
-Started by `test_distributed.py` as `torchrun --nproc_per_node 2 -m tests.features.distributed_worker KIND FOLDER`.
+Started by `test_distributed.py` as `torchrun --nproc_per_node 2 -m tests.features.distributed_worker FOLDER`.
 """
 
+import itertools
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -21,6 +22,7 @@ from toast_peft import store_features
 from ..helpers import blocks_of, steered
 from ..zoo import VARIANTS, VIT_AND_LLAMA, inputs_of, tiny_model
 
+KINDS = ("ddp", "fully_shard", "accelerate-fsdp2")  # the last one changes what accelerate does from then on
 HEADS = {tf.ViTForImageClassification: "classifier", tf.LlamaForCausalLM: "lm_head"}
 # Options of the adapter, and `use_reentrant` of gradient checkpointing (None: no checkpointing).
 SCENARIOS = {
@@ -135,17 +137,16 @@ def run_scenario(accelerator: Accelerator, kind: str, model_class: type, scenari
     accelerator.wait_for_everyone()
 
 
-def main(kind: str, folder: Path) -> None:
-    """Run all scenarios in one process group."""
+def main(folder: Path) -> None:
+    """Run all scenarios of all kinds in one process group."""
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=60))])
     assert accelerator.num_processes == 2
-    for model_class in VIT_AND_LLAMA:
-        for scenario in SCENARIOS:
-            print(f"{kind}, {model_class.__name__}, {scenario}", flush=True)
-            run_scenario(accelerator, kind, model_class, scenario, folder / model_class.__name__ / scenario)
+    for kind, model_class, scenario in itertools.product(KINDS, VIT_AND_LLAMA, SCENARIOS):
+        print(f"{kind}, {model_class.__name__}, {scenario}", flush=True)
+        run_scenario(accelerator, kind, model_class, scenario, folder / kind / model_class.__name__ / scenario)
     accelerator.end_training()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(Path(sys.argv[1]))

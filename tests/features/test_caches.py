@@ -88,8 +88,7 @@ def base_model_compiles() -> bool:
 @pytest.mark.usefixtures("compiles_static_caches")
 @pytest.mark.parametrize(
     ("model_class", "variant"),
-    [(tf.LlamaForCausalLM, "full"), (tf.LlamaForCausalLM, "early"), (tf.LlamaForCausalLM, "late")]
-    + [(tf.Gemma3ForCausalLM, "middle")],
+    [(tf.LlamaForCausalLM, "full"), (tf.LlamaForCausalLM, "early"), (tf.Gemma3ForCausalLM, "middle")],
 )
 def test_compiled_decoding_with_a_static_cache(model_class: type, variant: str) -> None:
     model = decoder(model_class, variant)
