@@ -20,8 +20,8 @@ DEMO_ARGS ?=
 BENCH_ARGS ?= --models vit-small gpt2-768 llama-256 llama-768 --batch_size 2 \
     --methods $(foreach method,toast toast-lite toast-early toast-late toast-lite-early toast-lite-late,\
     $(method) $(method)-fused $(method)-stored) --output_file outputs/cost.json
-# -n auto: as many processes as there are cores.
-PYTEST ?= python -m pytest -n auto
+# -n auto: as many processes as there are cores; who has no tests left takes some of another.
+PYTEST ?= python -m pytest -n auto --dist worksteal
 # `make test` counts the lines of the package that tests run; `make test COVERAGE=` is faster.
 COVERAGE ?= --cov
 
