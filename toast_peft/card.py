@@ -232,7 +232,7 @@ def _adapter_line(model: PeftModel, adapter_name: str) -> str:
     trained = sum(_size(p) for name, p in parameters.items() if not any(name.startswith(part) for part in fixed))
     megabytes = sum(_size(p) * p.element_size() for p in parameters.values()) / 1e6
     size = f"{megabytes:.1f} MB" if megabytes >= 1 else f"{1e3 * megabytes:.1f} kB"
-    options = _options(cast(TopDownConfig, model.peft_config[adapter_name]))
+    options = options_of(cast(TopDownConfig, model.peft_config[adapter_name]))
     return f"- `{adapter_name}`: `TopDownConfig({options})`, {trained:,} trained parameters, {size} of weights"
 
 
@@ -252,7 +252,7 @@ def _size(parameter: nn.Parameter) -> int:
     return parameter.numel() or getattr(parameter, "ds_numel", 0)
 
 
-def _options(config: TopDownConfig) -> str:
+def options_of(config: TopDownConfig) -> str:
     """Those that differ from the defaults, as arguments."""
     defaults = TopDownConfig()
     changed = {field.name: getattr(config, field.name) for field in fields(config) if field.name not in _FACTS}

@@ -1,0 +1,134 @@
+"""`toast-peft`, the command line: what an adapter is, whether it works, and where it looks."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import toast_peft
+
+from .loaded import load, load_base, report_on
+from .saved import describe
+from .versions import versions
+
+Adapter = Annotated[str, typer.Argument(help="Folder of the adapter, or its id on the Hub.", show_default=False)]
+BaseModel = Annotated[
+    str | None, typer.Option(help="Folder or id of the base model.", show_default="the one that the adapter names")
+]
+Image = Annotated[Path | None, typer.Option(help="An image to run the model on.", exists=True, show_default=False)]
+Text = Annotated[str | None, typer.Option(help="A text to run the model on.", show_default=False)]
+
+app = typer.Typer(
+    name="toast-peft",
+    help="Adapters that steer attention (TOAST), as a method of Hugging Face PEFT.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show where in the code an error comes from.")] = False,
+) -> None:
+    """Taken by `main`, which catches errors."""
+
+
+@app.command()
+def info(
+    adapter: Adapter, as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False
+) -> None:
+    """Say what an adapter is: its base model, options, sizes, and whether its weights are sane."""
+    description = describe(adapter)
+    typer.echo(json.dumps(description.as_dict(), indent=1) if as_json else description.as_text())
+    _end_with(description.problems)
+
+
+@app.command()
+def check(adapter: Adapter, base_model: BaseModel = None, image: Image = None, text: Text = None) -> None:
+    """Load an adapter on its base model, run it, and say whether it does anything.
+
+    Without an image or a text it runs on random inputs.
+    """
+    loaded = load(adapter, base_model)
+    lines, problems = report_on(loaded, loaded.inputs(image, text))
+    typer.echo("\n".join(lines))
+    _end_with(problems)
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint of the official code.", exists=True)],
+    base_model: Annotated[str, typer.Option(help="Folder or id of the base model, a ViT, ConvNeXt or LLaMA.")],
+    output: Annotated[Path, typer.Option(help="Folder for the adapter.")],
+    lora_merged: Annotated[
+        bool, typer.Option("--lora-merged", help="Of Lite: the low-rank product has been added to the matrices.")
+    ] = False,
+) -> None:
+    """Make an adapter of a checkpoint of the official code."""
+    model = toast_peft.from_official_checkpoint(load_base(base_model), checkpoint, lora_merged=lora_merged)
+    model.save_pretrained(str(output))
+    typer.echo(f"Saved to {output}.")
+
+
+@app.command()
+def card(
+    adapter: Adapter,
+    base_model: BaseModel = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for the README.md.", show_default="that of the adapter")
+    ] = None,
+) -> None:
+    """Write the model card of an adapter: how to load it, and how it was made. What else is in it is kept."""
+    folder = output or Path(adapter)
+    if not folder.is_dir():
+        raise ValueError(f"{str(folder)!r} is no folder; name one for the card with --output.")
+    load(adapter, base_model).model.create_or_update_model_card(str(folder))
+    typer.echo(f"Wrote {folder / 'README.md'}.")
+
+
+@app.command()
+def explain(
+    adapter: Adapter,
+    output: Annotated[Path, typer.Option(help="Where to save the picture (.png, .pdf) or page (.html).")],
+    base_model: BaseModel = None,
+    image: Image = None,
+    text: Text = None,
+) -> None:
+    """Draw what an adapter selects in an image or a text, and what its feedback changes."""
+    if image is None and text is None:
+        raise ValueError("There is nothing to explain; give --image or --text.")
+    loaded = load(adapter, base_model)
+    toast_peft.explain(loaded.model, loaded.inputs(image, text), loaded.processor).save(output)
+    typer.echo(f"Saved to {output}.")
+
+
+@app.command()
+def env() -> None:
+    """Print the versions that a report of a bug should have."""
+    for name, version in versions().items():
+        typer.echo(f"- {name}: {version}")
+
+
+def _end_with(problems: list[str]) -> None:
+    for problem in problems:
+        typer.echo(f"Problem: {problem}", err=True)
+    if problems:
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Run the command line. It ends with 0, with 1 after an error or a failed check, with 2 if it was used wrongly."""
+    try:
+        app()
+    except Exception as error:  # whatever it is, one sentence says more than a page of code
+        if "--debug" in sys.argv:
+            raise
+        typer.echo(f"{type(error).__name__}: {error}\n`toast-peft --debug ...` shows where it comes from.", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
