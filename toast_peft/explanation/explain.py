@@ -63,7 +63,8 @@ def explain(
         second = _Forward(backbone, path, has_feedback=True).run(model, inputs)
     passes = first.as_pass(), second.as_pass()
     return Explanation(
-        *passes,
+        first=passes[0],
+        second=passes[1],
         mask=second.mask,
         feedback_norm=second.feedback_norm,
         features=second.features,
@@ -260,9 +261,10 @@ def _picture(
     if not isinstance(pixels, torch.Tensor) or pixels.dim() != 4 or len(pixels) != len(mask):
         return nothing
     if mask.ndim == 2:
-        grid = patch_grid(getattr(backbone, "config", None), tuple(pixels.shape[-2:]), mask.shape[1])
+        height, width = pixels.shape[-2:]
+        grid = patch_grid(getattr(backbone, "config", None), (height, width), mask.shape[1])
     else:
-        grid = mask.shape[1:]
+        grid = (mask.shape[1], mask.shape[2])
     if grid is None:
         return nothing
     processor = getattr(processing_class, "image_processor", processing_class)

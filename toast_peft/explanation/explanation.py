@@ -87,12 +87,12 @@ class Explanation:
         Returns:
             Five to ten; none if the model has no logits of the shape [b, c], nor [b, n, c] of these tokens.
         """
-        both = [self._logits(of_pass, row, token) for of_pass in (self.first, self.second)]
-        if both[0] is None or both[1] is None:
+        first, second = (self._logits(of_pass, row, token) for of_pass in (self.first, self.second))
+        if first is None or second is None:
             return []
-        chosen = sorted({int(i) for logits in both for i in np.argsort(-logits)[:NUM_PREDICTIONS]})
-        first, second = (_softmax(logits) for logits in both)
-        rows = [Prediction(self.labels.get(i, str(i)), float(first[i]), float(second[i])) for i in chosen]
+        chosen = sorted({int(i) for logits in (first, second) for i in np.argsort(-logits)[:NUM_PREDICTIONS]})
+        before, after = _softmax(first), _softmax(second)
+        rows = [Prediction(self.labels.get(i, str(i)), float(before[i]), float(after[i])) for i in chosen]
         return sorted(rows, key=lambda prediction: -prediction.second)
 
     def _logits(self, of_pass: Pass, row: int, token: int) -> np.ndarray | None:

@@ -31,7 +31,6 @@ def make_page(explanation: "Explanation") -> str:
         "unit": _UNIT,
         "quantile": CLIPPED_AT,
         "isImage": explanation.images is not None,
-        "isMap": explanation.mask.ndim == 3,
         "hasHeads": is_by_head,
         "rows": [_row(explanation, row, kept, is_by_head) for row in range(len(explanation.mask))],
     }

@@ -9,7 +9,9 @@ Notation used for tensor shapes:
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
+from matplotlib.gridspec import GridSpec
 
 from .attention import CLIPPED_AT, View, of_class_token, scale_limit
 from .grids import on_grid
@@ -46,7 +48,7 @@ def draw_images(
 ) -> Figure:
     """One row for each image: input, mask, and attention or norm of the feedback. Arguments as `Explanation.plot`."""
     assert explanation.images is not None
-    columns = [_mask_column(explanation)]
+    columns = [_mask_column(explanation, rows)]
     if explanation.first.attentions is None:
         columns.append(_norm_column(explanation, rows, view))
     else:
@@ -54,17 +56,19 @@ def draw_images(
     height, width = explanation.images.shape[1:3]
     size = (2.3 * (1 + len(columns)), len(rows) * (2.3 * height / width + 0.35) + 1.1)
     figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(len(rows), 1 + len(columns), squeeze=False)
+    lines = figure.add_gridspec(len(rows) + 1, 1 + len(columns), height_ratios=[height / width] * len(rows) + [0.06])
+    axes = np.array([[figure.add_subplot(lines[i, j]) for j in range(1 + len(columns))] for i in range(len(rows))])
     for line, row in zip(axes, rows, strict=True):
         _draw_row(line, explanation, row, columns)
     for axis, title in zip(axes[0], ["input", *(column.title for column in columns)], strict=True):
         axis.set_title(title, fontsize=10)
-    _draw_scales(figure, axes, columns)
+    _draw_scales(figure, lines, axes, columns)
     return figure
 
 
-def _mask_column(explanation: "Explanation") -> Column:
-    return Column("mask", as_map(explanation, explanation.mask), "mask", 1.0)
+def _mask_column(explanation: "Explanation", rows: list[int]) -> Column:
+    maps = as_map(explanation, explanation.mask)
+    return Column("mask", maps, "mask", scale_limit(maps[rows], "keep"))
 
 
 def _norm_column(explanation: "Explanation", rows: list[int], view: View) -> Column:
@@ -118,9 +122,12 @@ def _draw_row(axes: np.ndarray, explanation: "Explanation", row: int, columns: l
     for axis, column in zip(axes[1:], columns, strict=True):
         axis.imshow(grey, cmap="gray", vmin=0, vmax=1)
         low, colours = (-column.limit, CHANGE) if column.is_change else (0, HEAT)
-        over = {"vmin": low, "vmax": column.limit, "cmap": colours, "alpha": _OPACITY}
+        values = column.maps[row]
+        # Where nothing changes the image is seen.
+        opacity = np.clip(np.abs(values) / column.limit, 0, 0.9) if column.is_change else _OPACITY
+        over = {"vmin": low, "vmax": column.limit, "cmap": colours, "alpha": opacity}
         # The edges of the map are those of the image, also where the last pixels are of no patch.
-        axis.imshow(column.maps[row], extent=(0, width, height, 0), interpolation="nearest", **over)
+        axis.imshow(values, extent=(0, width, height, 0), interpolation="nearest", **over)
     for axis in axes:
         axis.set(xticks=[], yticks=[], xlim=(0, width), ylim=(height, 0))
 
@@ -134,24 +141,17 @@ def outcome(explanation: "Explanation", row: int) -> str:
     return f"pass 1: {best[0].label} {best[0].first:.0%}\npass 2: {best[1].label} {best[1].second:.0%}"
 
 
-def _draw_scales(figure: Figure, axes: np.ndarray, columns: list[Column]) -> None:
+def _draw_scales(figure: Figure, lines: GridSpec, axes: np.ndarray, columns: list[Column]) -> None:
     """A colour bar below the columns that share it; with an arrow where values are beyond its end."""
     for scale in dict.fromkeys(column.scale for column in columns):
         sharing = [index for index, column in enumerate(columns) if column.scale == scale]
         column = columns[sharing[0]]
-        largest = max(np.abs(columns[index].maps).max() for index in sharing)
-        is_clipped = largest > column.limit * 1.0001
+        is_clipped = max(np.abs(columns[index].maps).max() for index in sharing) > column.limit * 1.0001
         beyond = ("both" if column.is_change else "max") if is_clipped else "neither"
-        bar = figure.colorbar(
-            axes[0, sharing[0] + 1].images[-1],
-            ax=[axis for index in sharing for axis in axes[:, index + 1]],
-            location="bottom",
-            extend=beyond,
-            shrink=0.9 / len(sharing),
-            aspect=15,
-            pad=0.02,
-        )
-        clipped = f" (clipped at the {CLIPPED_AT:.0%} quantile)" if is_clipped and len(sharing) > 1 else ""
-        bar.set_label(scale + clipped, fontsize=8)
+        place = figure.add_subplot(lines[-1, sharing[0] + 1 : sharing[-1] + 2])
+        colours = axes[0, sharing[0] + 1].images[-1]
+        scalars = ScalarMappable(colours.norm, colours.cmap)
+        bar = figure.colorbar(scalars, cax=place, orientation="horizontal", extend=beyond, extendfrac=0.03)
+        bar.set_label(scale + (f", clipped at its {CLIPPED_AT:.0%} quantile" if is_clipped else ""), fontsize=8)
         bar.ax.tick_params(labelsize=7)
         bar.ax.locator_params(nbins=3)

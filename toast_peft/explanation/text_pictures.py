@@ -82,7 +82,8 @@ def _strips(
     view: View,
 ) -> list[Strip]:
     names, indices = shown_tokens(explanation, row)
-    strips = [Strip("mask", explanation.mask[row, indices], 1.0)]
+    mask = explanation.mask[row, indices]
+    strips = [Strip("mask", mask, scale_limit(mask, "keep"))]
     if explanation.first.attentions is None or explanation.second.attentions is None:
         return strips
     first, second = (
