@@ -1,6 +1,7 @@
 """What `explain` records, compared with the base model, the adapted model and the formulas."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 import transformers as tf
 from torch import nn
+from torchao.quantization import Int8WeightOnlyConfig
 
 from toast_peft import Explanation, TopDownConfig, explain
 from toast_peft.explanation.attention import View, attention_rollout, of_class_token, scale_limit
@@ -15,7 +17,7 @@ from toast_peft.explanation.grids import images_of, on_grid, patch_grid
 
 from ..golden.reference import reference_feedback, reference_forward
 from ..helpers import adapted, assert_same, features_of, output_of, paths_of, state_of, steer, steered
-from ..zoo import RANGES, VIT_AND_LLAMA, images, inputs_of, tiny_model
+from ..zoo import RANGES, VISION_TOWERS, VIT_AND_LLAMA, images, inputs_of, tiny_model
 
 WITH_ATTENTIONS = [
     tf.ViTForImageClassification,
@@ -341,6 +343,30 @@ def test_stage_without_feedback_cannot_be_drawn() -> None:
     model = steered(tiny_model(tf.ConvNextForImageClassification), feedback_to=2)
     with pytest.raises(ValueError, match=r"`block=0`, but those with feedback are \[2, 3\]"):
         explain(model, inputs_of(model)).plot(block=0)
+
+
+def test_vision_tower_of_llava_and_not_of_qwen() -> None:
+    llava, qwen = (
+        steered(tiny_model(model_class), target_modules=VISION_TOWERS[model_class])
+        for model_class in (tf.LlavaForConditionalGeneration, tf.Qwen2_5_VLForConditionalGeneration)
+    )
+    found = explain(llava, inputs_of(llava))
+    assert found.grid == (2, 2) and found.tokens is None and found.first.attentions[0].shape == (1, 4, 5, 5)
+    with pytest.raises(NotImplementedError, match="one sequence without a batch"):
+        explain(qwen, inputs_of(qwen))
+
+
+def test_quantized_base_model(tmp_path: Path) -> None:
+    tiny_model(tf.ViTForImageClassification, hidden_size=64).save_pretrained(tmp_path)
+    config = tf.TorchAoConfig(Int8WeightOnlyConfig())
+    base = tf.ViTForImageClassification.from_pretrained(
+        tmp_path, quantization_config=config, attn_implementation="eager"
+    )
+    model = steered(base.eval(), inputs=images(8, 8))
+    found = explain(model, images(8, 8))
+    assert_all_equal(found.second.attentions, attentions_of(model, images(8, 8)))
+    with model.disable_adapter():
+        assert_all_equal(found.first.attentions, attentions_of(model, images(8, 8)))
 
 
 def test_models_and_inputs_that_cannot_be_explained() -> None:

@@ -47,6 +47,7 @@ def explain(
     Raises:
         ValueError: if no adapter is active, if it is not clear which stack is meant, or if `inputs` have a cache.
         TypeError: if `inputs` is not a dict.
+        NotImplementedError: if the tokens have no batch dimension, as in the vision towers of Qwen-VL.
 
     Example:
 
@@ -117,6 +118,11 @@ class _Forward:
     ) -> dict[int, torch.Tensor] | None:
         mask = path.state.current.mask
         assert mask is not None
+        if mask.dim() < 3:
+            raise NotImplementedError(
+                f"The tokens of all images come in one sequence without a batch, shape {list(mask.shape[:-1])}, as in the "
+                "vision towers of Qwen-VL; `explain` expects [batch, tokens]. Explain the language model."
+            )
         self.mask, self.features = to_numpy(mask.squeeze(-1)), to_numpy(args[0])
         if not self.has_feedback:
             return {}
