@@ -62,7 +62,7 @@ test-oldest: .venv-oldest/ready
 	.venv-oldest/bin/$(PYTEST) $(COMPATIBILITY_TESTS)
 
 browser:
-	command -v chromium chromedriver || { apt-get update && apt-get install -y chromium chromium-driver; }
+	{ command -v chromium && command -v chromedriver; } || { apt-get update && apt-get install -y chromium chromium-driver; }
 
 bench: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python examples/benchmarks/cost.py $(BENCH_ARGS)

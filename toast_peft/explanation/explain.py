@@ -120,8 +120,8 @@ class _Forward:
         assert mask is not None
         if mask.dim() < 3:
             raise NotImplementedError(
-                f"The tokens of all images come in one sequence without a batch, {list(mask.shape[:-1])}, as in vision "
-                "towers of Qwen-VL; `explain` expects [batch, tokens]. Explain an adapter of the language model."
+                f"The tokens of all images come in one sequence without a batch, {list(mask.shape[:-1])}, as in the "
+                "vision towers of Qwen-VL; `explain` expects [batch, tokens]. Explain the language model instead."
             )
         self.mask, self.features = to_numpy(mask.squeeze(-1)), to_numpy(args[0])
         if not self.has_feedback:
