@@ -4,6 +4,7 @@
 # make test          lint, then run all tests and measure what they cover, with the versions of constraints.txt
 # make test-newest   run the tests that touch other packages, with the newest versions of these
 # make test-oldest   the same with exactly the oldest versions that setup.cfg declares
+# make browser       install Chromium for the tests of interactive pages, which are skipped without it (Debian, Ubuntu)
 # make bench         measure what TOAST costs next to the base model and LoRA, in about twenty minutes
 # make docs          build the documentation into site/; make docs-serve shows it while it is written
 # make clean         remove what these have made
@@ -38,7 +39,7 @@ COMPATIBILITY_TESTS := tests/contract tests/families/test_transformers.py tests/
 PIP_INSTALL := pip install --quiet
 TORCH_INSTALL := $(PIP_INSTALL) --no-deps --timeout 15 --retries 1 --extra-index-url $(TORCH_INDEX)
 
-.PHONY: demo quick lint test test-newest test-oldest bench docs docs-serve clean
+.PHONY: demo quick lint test test-newest test-oldest browser bench docs docs-serve clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py $(DEMO_ARGS)
@@ -59,6 +60,9 @@ test-newest: .venv-newest/ready
 
 test-oldest: .venv-oldest/ready
 	.venv-oldest/bin/$(PYTEST) $(COMPATIBILITY_TESTS)
+
+browser:
+	{ command -v chromium && command -v chromedriver; } || { apt-get update && apt-get install -y chromium chromium-driver; }
 
 bench: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python examples/benchmarks/cost.py $(BENCH_ARGS)

@@ -7,6 +7,8 @@ adapters load with `PeftModel.from_pretrained`.
 from .callback import FeedbackCallback, feedback_statistics
 from .config import OFFICIAL_STAGES, TopDownConfig
 from .drafting import draft_with_first_pass
+from .explanation.explain import explain
+from .explanation.explanation import Explanation
 from .initialization import initialize_feedback
 from .model import TopDownModel
 from .official import from_official_checkpoint
@@ -16,11 +18,13 @@ from .stored_features import StoredFeatures, store_features
 __version__ = "0.1.0"
 __all__ = [
     "OFFICIAL_STAGES",
+    "Explanation",
     "FeedbackCallback",
     "StoredFeatures",
     "TopDownConfig",
     "TopDownModel",
     "draft_with_first_pass",
+    "explain",
     "feedback_statistics",
     "from_official_checkpoint",
     "initialize_feedback",

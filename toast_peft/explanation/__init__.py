@@ -1,0 +1,1 @@
+"""What the feedback sees and what it changes: `toast_peft.explain`, in arrays and in pictures."""
