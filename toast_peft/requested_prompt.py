@@ -69,7 +69,9 @@ def prompt_from(
     else:
         chosen = is_own
     if (chosen & ~is_own).any():
-        raise ValueError("`tokens` asks for padding, which `attention_mask` leaves out; expected tokens of the inputs.")
+        raise ValueError(
+            "`tokens` asks for padding, which `attention_mask` leaves out; expected tokens of the inputs."
+        )
     weights = chosen.unsqueeze(-1)
     prompts = (F.normalize(features.flatten(1, -2), dim=-1) * weights).sum(1) / weights.sum(1)
     bad = (~prompts.isfinite().all(-1)).nonzero().flatten().tolist()

@@ -72,7 +72,9 @@ class Arguments:
     trainings: list[str] = field(
         default_factory=lambda: ["images", "requests"], metadata={"help": "Ways to train: images, requests."}
     )
-    centred: bool = field(default=True, metadata={"help": "Train on requests with centred prompts, or with plain ones."})
+    centred: bool = field(
+        default=True, metadata={"help": "Train on requests with centred prompts, or with plain ones."}
+    )
     mosaics: int = field(default=200, metadata={"help": "Number of mosaics of the test, each for two requests."})
     num_train_epochs: float = field(default=10.0, metadata={"help": "Epochs; of mosaics there are as many as images."})
     seeds: int = field(default=3, metadata={"help": "How often an adapter is trained and tested."})
@@ -135,7 +137,9 @@ class Steering:
         )
         limit = arguments.max_train_samples
         if limit is not None and limit < len(data["train"]):
-            data["train"] = data["train"].train_test_split(train_size=limit, stratify_by_column="label", seed=0)["train"]
+            data["train"] = data["train"].train_test_split(train_size=limit, stratify_by_column="label", seed=0)[
+                "train"
+            ]
         self.options = {"interpolate_pos_encoding": True} if size else {}
         self.class_prompts: dict[str, torch.Tensor] = {}
         self.train, self.test = (
@@ -257,9 +261,7 @@ class Steering:
     def mask_of(self, model: PeftModel) -> torch.Tensor:
         """The mask of the patches in the last forward, which is kept for looking at. Shape: [b, rows, columns]"""
         path = next(part for name, part in model.named_modules() if name.endswith("feedback_path"))
-        rows, columns = (
-            size // model.config.patch_size for size in self.test.pixels.shape[-2:]
-        )
+        rows, columns = (size // model.config.patch_size for size in self.test.pixels.shape[-2:])
         return path.state.current.mask[:, -rows * columns :, 0].unflatten(1, (rows, columns)).cpu()
 
     @torch.no_grad()
@@ -300,7 +302,9 @@ def main(arguments: list[str] | None = None) -> pd.DataFrame:
     groups = runs.groupby(["training", "prompt"])[COLUMNS]
     table = pd.DataFrame(
         {
-            column: [f"{mean:.1f} ± {std:.1f}" for mean, std in zip(means[column], stds[column].fillna(0), strict=True)]
+            column: [
+                f"{mean:.1f} ± {std:.1f}" for mean, std in zip(means[column], stds[column].fillna(0), strict=True)
+            ]
             for means, stds in [(groups.mean(), groups.std())]
             for column in COLUMNS
         },
