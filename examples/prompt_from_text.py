@@ -3,14 +3,15 @@
     python examples/prompt_from_text.py
     python examples/prompt_from_text.py --learning_rate 1e-2 --num_train_epochs 10 --output_dir outputs/mine
 
-It needs no network. A small SigLIP learns scenes of four handwritten digits with captions such as "the three and the
-nine", which never say where. Then it is frozen, and learns to answer "the three" with the place of that digit: the text
-tower reads the request, a linear map turns its embedding into the `topdown_prompt` of the vision tower, and TOAST-Lite
-and a new head learn what to do with it. Without the request the answer could only be guessed, a quarter of them right.
+It needs no network. A small SigLIP learns scenes of four coloured handwritten digits with captions such as "the red three
+and the nine". Then it is frozen, and learns to answer a request such as "the three" with the colour of that digit: the
+text tower reads the request, a linear map turns its embedding into the `topdown_prompt` of the vision tower, and
+TOAST-Lite and a new head learn what to do with it. The vision tower alone does not know which of the four is meant.
 
-This is the form of AbSViT (https://arxiv.org/abs/2303.13043, section 4.4) in which language steers vision, in the small:
-ten words, and digits of 8 x 8 pixels. In the training the requests are for eight of the words only; `eval_accuracy` is
-that of requests for these, `eval_accuracy_new_words` for the two others, which only the captions had.
+This is the form of AbSViT (https://arxiv.org/abs/2303.13043) in which language steers vision, in the small: ten digits
+of 8 x 8 pixels and as many words. The requests of the training are for eight of these; `eval_accuracy` is that of
+requests for the same eight in new scenes, `eval_accuracy_new_words` of those for the two others, which only the captions
+had.
 """
 
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from peft import get_peft_model
 from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 from torch import nn
+from torch.nn import functional as F
 from transformers import (
     EvalPrediction,
     HfArgumentParser,
@@ -38,8 +40,9 @@ from transformers import (
 from toast_peft import TopDownConfig
 
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-VOCABULARY = ["<pad>", "the", "and", *DIGITS]
-LENGTH = 12  # of a caption: "the three and the nine and the one and the six", and padding
+COLOURS = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "yellow": (1, 1, 0)}
+VOCABULARY = ["<pad>", "the", "and", *COLOURS, *DIGITS]
+LENGTH = 7  # of a caption: "the red three and the blue nine"
 NEW_WORDS = [8, 9]
 
 
@@ -48,7 +51,7 @@ class Arguments:
     """How much data there is, and how long the small SigLIP is trained."""
 
     scenes: int = field(default=8000, metadata={"help": "Number of scenes of the training."})
-    pretraining_steps: int = field(default=1500, metadata={"help": "Steps of pre-training of the small SigLIP."})
+    pretraining_steps: int = field(default=1000, metadata={"help": "Steps of pre-training of the small SigLIP."})
 
 
 def parse(argv: list[str] | None = None) -> tuple[Arguments, TrainingArguments]:
@@ -71,7 +74,7 @@ def parse(argv: list[str] | None = None) -> tuple[Arguments, TrainingArguments]:
 
 
 class Scenes(torch.utils.data.Dataset):
-    """Scenes of 2 x 2 handwritten digits, 16 x 16 pixels, all four different.
+    """Scenes of 2 x 2 handwritten digits, 16 x 16 pixels, all four different and each of a random colour.
 
     Args:
         number: how many.
@@ -83,40 +86,51 @@ class Scenes(torch.utils.data.Dataset):
         generator = np.random.default_rng(0 if for_training else 1)
         images, targets = load_digits(return_X_y=True)
         part = slice(0, 1200) if for_training else slice(1200, None)
-        images, targets = images[part].reshape(-1, 8, 8) / 8 - 1, targets[part]
-        self.pixels, self.texts, self.places = [], [], []
+        images, targets = images[part].reshape(-1, 8, 8) / 16, targets[part]
+        images_of = [images[targets == digit] for digit in range(10)]
+        scenes, texts, self.labels = [], [], []
         for _ in range(number):
-            shown = generator.permutation(10)[:4]
-            asked = None if requests is None else int(generator.choice(requests))
-            if asked is not None and asked not in shown:
-                shown[generator.integers(4)] = asked
-            tiles = [images[generator.choice(np.flatnonzero(targets == digit))] for digit in shown]
-            self.pixels.append(np.block([tiles[:2], tiles[2:]]))
-            named = generator.permutation(shown)[: generator.integers(1, 5)] if asked is None else [asked]
-            self.texts.append(" and ".join(f"the {DIGITS[digit]}" for digit in named))
-            self.places.append(-1 if asked is None else int(np.flatnonzero(shown == asked)[0]))
+            shown, colours = generator.permutation(10)[:4], generator.integers(4, size=4)
+            if requests is None:  # one digit or two, all of which the caption names
+                order = generator.permutation([0, 0, 0, 0] if generator.random() < 0.5 else [0, 0, 1, 1])
+                shown, colours, asked = shown[order], colours[order], None
+                pairs = dict(zip(shown, colours, strict=True)).items()
+                text = " and ".join(f"the {list(COLOURS)[colour]} {DIGITS[digit]}" for digit, colour in pairs)
+            else:
+                asked = generator.integers(4)
+                others = np.delete(shown, asked)
+                shown[asked] = generator.choice([digit for digit in requests if digit not in others])
+                text = f"the {DIGITS[shown[asked]]}"
+            drawn = [generator.choice(images_of[digit]) for digit in shown]
+            red_green_blue = np.array(list(COLOURS.values()))[colours]
+            tiles = 2 * np.einsum("thw,tc->tchw", np.stack(drawn), red_green_blue) - 1
+            scenes.append(np.block([[tiles[0], tiles[1]], [tiles[2], tiles[3]]]))
+            texts.append(token_ids(text))
+            self.labels.append(None if asked is None else colours[asked])
+        self.pixels, self.input_ids = torch.tensor(np.stack(scenes), dtype=torch.float32), torch.tensor(texts)
 
     def __len__(self) -> int:
         return len(self.pixels)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        pixels = torch.tensor(self.pixels[index], dtype=torch.float32).expand(3, -1, -1)
-        row = {"pixel_values": pixels, "input_ids": token_ids(self.texts[index])}
-        return row if self.places[index] < 0 else row | {"labels": self.places[index]}
+        row = {"pixel_values": self.pixels[index], "input_ids": self.input_ids[index]}
+        return row if self.labels[index] is None else row | {"labels": self.labels[index]}
 
 
-def token_ids(text: str) -> torch.Tensor:
-    """A token for each word, padded as SigLIP does it, without a mask. Shape: [LENGTH]"""
+def token_ids(text: str) -> list[int]:
+    """A token for each word, padded as SigLIP does it, without a mask."""
     ids = [VOCABULARY.index(word) for word in text.split()]
-    return torch.tensor(ids + [0] * (LENGTH - len(ids)))
+    return ids + [0] * (LENGTH - len(ids))
 
 
 class Captioned(Trainer):
     """Trains a SigLIP on pairs of scenes and captions."""
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:
-        """SigLIP's own loss: does a caption belong to a scene?"""
-        return model(**inputs, return_loss=True).loss
+        """That of CLIP: which scene belongs to a caption, and which caption to a scene?"""
+        logits = model(**inputs).logits_per_image
+        pairs = torch.arange(len(logits), device=logits.device)
+        return (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2
 
 
 def pretrain(folder: Path, steps: int) -> None:
@@ -125,7 +139,14 @@ def pretrain(folder: Path, steps: int) -> None:
     text = size | {"vocab_size": len(VOCABULARY), "max_position_embeddings": LENGTH, "num_hidden_layers": 2}
     text |= {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None, "projection_size": 64}
     model = SiglipModel(SiglipConfig(text_config=text, vision_config=size | {"image_size": 16, "patch_size": 4}))
-    schedule = {"max_steps": steps, "learning_rate": 2e-3, "lr_scheduler_type": "cosine", "warmup_steps": 0.05}
+    nn.init.constant_(model.logit_scale, 2.7)  # as CLIP, for its loss
+    schedule = {
+        "max_steps": steps,
+        "learning_rate": 2e-3,
+        "logging_steps": 100,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.05,
+    }
     options = {"per_device_train_batch_size": 128, "weight_decay": 0.05, "remove_unused_columns": False}
     arguments = TrainingArguments(str(folder), save_strategy="no", **schedule, **options)
     Captioned(model, arguments, train_dataset=Scenes(20000 if steps > 100 else 200, for_training=True)).train()
@@ -142,20 +163,20 @@ class SteeredByText(nn.Module):
     def __init__(self, folder: Path) -> None:
         super().__init__()
         self.text = SiglipTextModel.from_pretrained(folder).requires_grad_(False)
-        vision = SiglipForImageClassification.from_pretrained(folder, num_labels=4)
+        vision = SiglipForImageClassification.from_pretrained(folder, num_labels=len(COLOURS))
         # The prompt is given, so that none is learned.
         parts = ("transform", "linear1", "linear2")
         self.vision = get_peft_model(vision, TopDownConfig(r=8, trainable_parts=parts, modules_to_save=["classifier"]))
         self.to_prompt = nn.Linear(self.text.config.hidden_size, vision.config.vision_config.hidden_size)
 
     def forward(self, pixel_values: torch.Tensor, input_ids: torch.Tensor, labels: torch.Tensor) -> Any:
-        """Where is it? Shapes: [b, 3, 16, 16], [b, LENGTH], [b]"""
+        """Of which colour is it? Shapes: [b, 3, 16, 16], [b, LENGTH], [b]"""
         embedding = self.text(input_ids=input_ids).pooler_output
         return self.vision(pixel_values=pixel_values, labels=labels, topdown_prompt=self.to_prompt(embedding))
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Share of requests that are answered with the right place. Shapes: [scenes, 4] and [scenes]"""
+    """Share of requests that are answered with the right colour. Shapes: [scenes, 4] and [scenes]"""
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 

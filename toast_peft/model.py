@@ -1,7 +1,7 @@
 """`TopDownModel`: TOAST as a PEFT tuner."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from typing import Any, cast
 
@@ -275,14 +275,13 @@ class TopDownModel(BaseTuner):
             "Switch between adapters with `set_adapter`, or train one on all the data."
         )
 
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
         if kwargs.get("adapter_names") is not None:
             raise NotImplementedError(
                 "TOAST does not support `adapter_names`, a different adapter for each row of a batch. Run the rows of "
                 "each adapter in a batch of their own, after `set_adapter`."
             )
-        yield
+        return nullcontext()
 
     # ------------------------------------------------------------------------------------------ saving and loading
 

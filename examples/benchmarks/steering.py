@@ -4,18 +4,18 @@ r"""Do the mask and the prediction follow a request? Mosaics of two classes, ask
     python examples/benchmarks/steering.py --model_name_or_path google/vit-base-patch16-224-in21k --image_size 128 \
         --dataset_name folder_with_a_train_and_a_test_split --output_dir mine
 
-A TOAST-Lite adapter with a new head is trained in one of two ways: on "images", with the learned prompt, as usual; or on
-"requests", mosaics of two tiles of one class and two of another, of training images, with the prompt of one of the
-classes as `topdown_prompt` and that class as the label. It is then tested on mosaics of test images, with these prompts:
+A TOAST-Lite adapter with a new head is trained in one of two ways: on "images", with the learned prompt, as usual; or
+on "requests", mosaics of two tiles of one class and two of another, of training images, with the prompt of one of the
+classes as `topdown_prompt` and that class as the label. It is then tested on mosaics of test images, with
 
 - class: `prompt_from` the training images of the requested class
 - class, centred: that, minus the mean of those of all classes
 - random: a random vector, another one for each mosaic
 - learned: that of the adapter, whatever is requested
 
-The table has the share of the mask on the tiles of the requested class, of that on all patches; how many predictions are
-the requested class; and how many are one of the two classes in the mosaic. With a model that ignores requests the first
-is 50 %, and the second half of the third.
+The table has the share of the mask on the tiles of the requested class, of that on all patches; how many predictions
+are the requested class; and how many are one of the two classes in the mosaic. Where requests are ignored the first is
+50 %, and the second half of the third.
 
 Without a model and data it needs no network: a small ViT and handwritten digits.
 """

@@ -84,6 +84,14 @@ def test_runs_pass_1_only_and_leaves_the_model_as_it_was(training: bool) -> None
     assert state_of(model)["modules"] == before
 
 
+def test_batch_norms_are_those_of_inference() -> None:
+    model = steered(tiny_model(tf.ResNetForImageClassification))
+    expected, buffers = prompt_from(model, inputs_of(model)), dict(model.named_buffers())
+    before = {name: buffer.clone() for name, buffer in buffers.items()}
+    assert torch.equal(prompt_from(model.train(), inputs_of(model)), expected)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in buffers.items())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_is_of_the_precision_of_the_mask(dtype: torch.dtype) -> None:
     model = steered(tiny_model(VIT)).to(dtype)
