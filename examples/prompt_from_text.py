@@ -3,15 +3,14 @@
     python examples/prompt_from_text.py
     python examples/prompt_from_text.py --learning_rate 1e-2 --num_train_epochs 10 --output_dir outputs/mine
 
-It needs no network. A small SigLIP learns scenes of four coloured handwritten digits with captions such as "the red three
-and the nine". Then it is frozen, and learns to answer a request such as "the three" with the colour of that digit: the
-text tower reads the request, a linear map turns its embedding into the `topdown_prompt` of the vision tower, and
-TOAST-Lite and a new head learn what to do with it. The vision tower alone does not know which of the four is meant.
+It needs no network. A small model with two towers, trained as CLIP is, learns captions such as "the red three and the
+blue nine". Then it is frozen, and learns to answer a request such as "the three" with the colour of that digit, in
+scenes of four: the text tower reads the request, a linear map turns its embedding into the `topdown_prompt` of the
+vision tower, and TOAST-Lite and a new head learn what to do with it. The image does not say which digit is meant.
 
 This is the form of AbSViT (https://arxiv.org/abs/2303.13043) in which language steers vision, in the small: ten digits
-of 8 x 8 pixels and as many words. The requests of the training are for eight of these; `eval_accuracy` is that of
-requests for the same eight in new scenes, `eval_accuracy_new_words` of those for the two others, which only the captions
-had.
+of 8 x 8 pixels and as many words. The training asks for eight of these; `eval_accuracy` is that of requests for
+these in new scenes, `eval_accuracy_new_words` of those for the two others, which only the captions had.
 """
 
 from dataclasses import dataclass, field
@@ -43,7 +42,7 @@ DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 COLOURS = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "yellow": (1, 1, 0)}
 VOCABULARY = ["<pad>", "the", "and", *COLOURS, *DIGITS]
 LENGTH = 7  # of a caption: "the red three and the blue nine"
-NEW_WORDS = [8, 9]
+KNOWN_WORDS, NEW_WORDS = list(range(8)), [8, 9]
 
 
 @dataclass
@@ -60,16 +59,9 @@ def parse(argv: list[str] | None = None) -> tuple[Arguments, TrainingArguments]:
     parser = HfArgumentParser(Arguments, description=__doc__.splitlines()[0], epilog=more, allow_abbrev=False)
     arguments, others = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     trainer_parser = HfArgumentParser(TrainingArguments)
-    trainer_parser.set_defaults(
-        output_dir="outputs/prompt_from_text",
-        learning_rate=5e-3,
-        num_train_epochs=5,
-        per_device_train_batch_size=64,
-        per_device_eval_batch_size=256,
-        lr_scheduler_type="cosine",
-        save_strategy="no",
-        label_names=["labels"],
-    )
+    trainer_parser.set_defaults(output_dir="outputs/prompt_from_text", learning_rate=5e-3, num_train_epochs=5)
+    trainer_parser.set_defaults(per_device_train_batch_size=64, per_device_eval_batch_size=256)
+    trainer_parser.set_defaults(lr_scheduler_type="cosine", save_strategy="no", label_names=["labels"])
     return arguments, *trainer_parser.parse_args_into_dataclasses(others)
 
 
@@ -97,10 +89,10 @@ class Scenes(torch.utils.data.Dataset):
                 pairs = dict(zip(shown, colours, strict=True)).items()
                 text = " and ".join(f"the {list(COLOURS)[colour]} {DIGITS[digit]}" for digit, colour in pairs)
             else:
-                asked = generator.integers(4)
-                others = np.delete(shown, asked)
-                shown[asked] = generator.choice([digit for digit in requests if digit not in others])
-                text = f"the {DIGITS[shown[asked]]}"
+                digit = generator.choice(requests)
+                others = generator.permutation([other for other in range(10) if other != digit])[:3]
+                shown = generator.permutation([digit, *others])
+                asked, text = list(shown).index(digit), f"the {DIGITS[digit]}"
             drawn = [generator.choice(images_of[digit]) for digit in shown]
             red_green_blue = np.array(list(COLOURS.values()))[colours]
             tiles = 2 * np.einsum("thw,tc->tchw", np.stack(drawn), red_green_blue) - 1
@@ -137,7 +129,7 @@ def pretrain(folder: Path, steps: int) -> None:
     """Train a small SigLIP and save it."""
     size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
     text = size | {"vocab_size": len(VOCABULARY), "max_position_embeddings": LENGTH, "num_hidden_layers": 2}
-    text |= {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None, "projection_size": 64}
+    text |= {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
     model = SiglipModel(SiglipConfig(text_config=text, vision_config=size | {"image_size": 16, "patch_size": 4}))
     nn.init.constant_(model.logit_scale, 2.7)  # as CLIP, for its loss
     schedule = {
@@ -147,8 +139,8 @@ def pretrain(folder: Path, steps: int) -> None:
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.05,
     }
-    options = {"per_device_train_batch_size": 128, "weight_decay": 0.05, "remove_unused_columns": False}
-    arguments = TrainingArguments(str(folder), save_strategy="no", **schedule, **options)
+    options = {"per_device_train_batch_size": 128, "weight_decay": 0.05, "save_strategy": "no"}
+    arguments = TrainingArguments(str(folder), **schedule, **options)
     Captioned(model, arguments, train_dataset=Scenes(20000 if steps > 100 else 200, for_training=True)).train()
     model.save_pretrained(folder)
 
@@ -187,9 +179,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     folder = Path(training_arguments.output_dir)
     pretrain(folder / "small_siglip", arguments.pretraining_steps)
     model = SteeredByText(folder / "small_siglip")
-    known = [digit for digit in range(10) if digit not in NEW_WORDS]
-    train = Scenes(arguments.scenes, for_training=True, requests=known)
-    test = {"": Scenes(1000, False, known), "_new_words": Scenes(1000, False, NEW_WORDS)}
+    train = Scenes(arguments.scenes, for_training=True, requests=KNOWN_WORDS)
+    test = {"": Scenes(1000, False, KNOWN_WORDS), "_new_words": Scenes(1000, False, NEW_WORDS)}
     trainer = Trainer(model, training_arguments, train_dataset=train, compute_metrics=accuracy)
     metrics = trainer.evaluate(test[""], metric_key_prefix="before")
     trainer.train()

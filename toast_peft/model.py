@@ -1,6 +1,6 @@
 """`TopDownModel`: TOAST as a PEFT tuner."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from typing import Any, cast
