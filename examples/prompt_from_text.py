@@ -66,7 +66,7 @@ def parse(argv: list[str] | None = None) -> tuple[Arguments, TrainingArguments]:
 
 
 class Scenes(torch.utils.data.Dataset):
-    """Scenes of 2 x 2 handwritten digits, 16 x 16 pixels, all four different and each of a random colour.
+    """Scenes of 2 x 2 coloured handwritten digits, 16 x 16 pixels: four different ones for a request, else one or two.
 
     Args:
         number: how many.
@@ -91,7 +91,7 @@ class Scenes(torch.utils.data.Dataset):
             else:
                 digit = generator.choice(requests)
                 others = generator.permutation([other for other in range(10) if other != digit])[:3]
-                shown = generator.permutation([digit, *others])
+                shown, colours = generator.permutation([digit, *others]), generator.permutation(4)
                 asked, text = list(shown).index(digit), f"the {DIGITS[digit]}"
             drawn = [generator.choice(images_of[digit]) for digit in shown]
             red_green_blue = np.array(list(COLOURS.values()))[colours]
