@@ -15,6 +15,7 @@ import demo
 import image_classification
 import language_modeling
 import pretraining_feedback
+import prompt_from_text
 import pytest
 import semantic_segmentation
 import text_classification
@@ -33,6 +34,7 @@ SCRIPTS = (
     semantic_segmentation,
     pretraining_feedback,
     custom_model,
+    prompt_from_text,
 )
 NAMES = sorted([*(script.__name__ for script in SCRIPTS), "instruction_tuning"])
 SHORT = ["--pretraining_steps", "2", "--max_steps", "2", "--report_to", "none", "--use_cpu", "--disable_tqdm", "True"]
@@ -52,6 +54,7 @@ def assert_loads_and_steers(base: nn.Module, output: Path, inputs: dict[str, tor
     assert model.peft_config["default"].r == 8
     with torch.no_grad():
         adapted = model(**inputs)["logits"]
+        inputs = {name: x for name, x in inputs.items() if name != "topdown_prompt"}
         with model.disable_adapter():
             assert (adapted - model(**inputs)["logits"]).abs().max() > 1e-5
 
@@ -171,6 +174,16 @@ def test_custom_model(tmp_path: Path) -> None:
     assert metrics["eval_loss"] != metrics["before_loss"]
     base = custom_model.pretrained_model(tmp_path / "pretrained.safetensors")
     assert_loads_and_steers(base, tmp_path, {"patches": torch.randn(2, 16, 4)})
+
+
+def test_prompt_from_text(tmp_path: Path) -> None:
+    metrics = run(prompt_from_text, tmp_path, "--scenes", "128", "--max_steps", "2")
+    assert metrics["eval_loss"] != metrics["before_loss"] and 0 <= metrics["eval_accuracy_new_words"] <= 1
+    base = tf.SiglipForImageClassification.from_pretrained(tmp_path / "small_siglip", num_labels=4)
+    scenes = prompt_from_text.Scenes(2, for_training=False, requests=[3])
+    assert scenes[0]["input_ids"].tolist() == scenes[1]["input_ids"].tolist()
+    request = {"topdown_prompt": torch.randn(2, 64)}
+    assert_loads_and_steers(base, tmp_path, {"pixel_values": scenes.pixels} | request)
 
 
 # ------------------------------------------------------------------------------------------------------------- texts

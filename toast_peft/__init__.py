@@ -13,6 +13,7 @@ from .initialization import initialize_feedback
 from .model import TopDownModel
 from .official import from_official_checkpoint
 from .registration import register
+from .requested_prompt import prompt_from
 from .stored_features import StoredFeatures, store_features
 
 __version__ = "0.1.0"
@@ -28,6 +29,7 @@ __all__ = [
     "feedback_statistics",
     "from_official_checkpoint",
     "initialize_feedback",
+    "prompt_from",
     "store_features",
 ]
 

@@ -25,6 +25,7 @@ from transformers.utils.generic import find_labels
 from .base_feedback import sha256_of
 from .core.dropout import in_evaluation_mode
 from .core.layers import FeedbackPath, feedback_paths
+from .core.prompt_input import PROMPT_INPUT
 from .core.stored_pass import STORED_INPUT, StoredPass
 from .core.variational_loss import predicts_next_token
 from .feature_shards import StoredRow
@@ -74,7 +75,8 @@ class FirstPass:
         self.origin = self.forward.origin(self.config)
         kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
         parameters = inspect.signature(self.model.forward).parameters.values()
-        self.arguments = [p.name for p in parameters if p.kind in kinds and p.name != STORED_INPUT]
+        unused = (STORED_INPUT, PROMPT_INPUT)  # in pass 1
+        self.arguments = [p.name for p in parameters if p.kind in kinds and p.name not in unused]
         labels = {*find_labels(type(self.model)), "labels", "label", "label_ids"}
         self.input_names = tuple(name for name in self.arguments if name not in labels)
         self.predicts_next_token = predicts_next_token(self.model)

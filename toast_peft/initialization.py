@@ -79,9 +79,7 @@ class Statistics:
 
     def start(self, backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """A hook: what the backbone gets. Its attention mask is that of its own tokens, also in a decoder."""
-        names = self.path.passes.backbone_forward.argument_names
-        mask = (dict(zip(names, args, strict=False)) | kwargs).get("attention_mask")
-        self.attention_mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+        self.attention_mask = own_attention_mask(self.path, args, kwargs)
         self.of_blocks = {}
 
     def keep(self, index: int, block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
@@ -201,8 +199,7 @@ def initialize_feedback(
 
 def collect(model: nn.Module, dataloader: Iterable[dict[str, Any]], statistics: list[Statistics]) -> None:
     """Run the model over the batches in evaluation mode, while the hooks are set."""
-    device = next(model.parameters()).device
-    device = torch.device("cpu") if device.type == "meta" else device  # offloaded: its hooks move the inputs
+    device = device_of_inputs(model)
     with ExitStack() as stack:
         stack.enter_context(in_evaluation_mode(model.modules()))
         for hook in (hook for collected in statistics for hook in collected.hooks()):
@@ -212,3 +209,16 @@ def collect(model: nn.Module, dataloader: Iterable[dict[str, Any]], statistics: 
                 raise ValueError(f"The dataloader gave a {type(batch).__name__}; expected dicts of model inputs.")
             inputs = {name: x for name, x in batch.items() if name != STORED_INPUT}  # what is collected is of pass 1
             model(**{name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()})
+
+
+def device_of_inputs(model: nn.Module) -> torch.device:
+    """Where the inputs of a model have to be."""
+    device = next(model.parameters()).device
+    return torch.device("cpu") if device.type == "meta" else device  # offloaded: its hooks move the inputs
+
+
+def own_attention_mask(path: FeedbackPath, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """The attention mask among the arguments of a backbone, if it has an entry for each token. Shape: [b, n]"""
+    names = path.passes.backbone_forward.argument_names
+    mask = (dict(zip(names, args, strict=False)) | kwargs).get("attention_mask")
+    return mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None

@@ -1,7 +1,7 @@
 """`TopDownModel`: TOAST as a PEFT tuner."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from typing import Any, cast
 
@@ -17,6 +17,7 @@ from .callback import feedback_statistics
 from .config import TopDownConfig
 from .core.fused_feedback import fuse, refuse_fused, unfuse
 from .core.layers import feedback_path_of, feedback_paths
+from .core.prompt_input import given_prompt
 from .core.stack import Stack, remove_feedback_path
 from .core.topdown_layer import NO_MERGE, TopDownLayer, belongs_to
 from .core.variational_loss import last_variational_loss, total
@@ -204,6 +205,30 @@ class TopDownModel(BaseTuner):
         """Undo `fuse_feedback()`, bit for bit. Where nothing is fused it does nothing."""
         unfuse(self.model)
 
+    def prompted(self, prompts: torch.Tensor) -> AbstractContextManager[None]:
+        """Steer by request where the model is called by other code, such as a pipeline.
+
+        In the `with` block, and in this thread, these prompts take the place of the learned one, as the argument
+        `topdown_prompt` of the model does in one call. They are used each time the model runs, so that `[b, d]` is for
+        batches of `b` rows.
+
+        Args:
+            prompts: one for all rows, or one for each; in generation with beams it is repeated. Shape: [d] or [b, d]
+
+        Raises:
+            ValueError: if no adapter is active, or if the prompts have another shape or type; from the model, if they
+                are on another device or not as many as there are rows.
+
+        Example:
+
+        ```py
+        >>> request = toast_peft.prompt_from(model, example)
+        >>> with model.prompted(request):
+        ...     pipe(image)
+        ```
+        """
+        return given_prompt([path for _, path in feedback_paths(self.model)], prompts)
+
     # --------------------------------------------------------------------------------------- switching and removing
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
@@ -250,14 +275,13 @@ class TopDownModel(BaseTuner):
             "Switch between adapters with `set_adapter`, or train one on all the data."
         )
 
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
         if kwargs.get("adapter_names") is not None:
             raise NotImplementedError(
                 "TOAST does not support `adapter_names`, a different adapter for each row of a batch. Run the rows of "
                 "each adapter in a batch of their own, after `set_adapter`."
             )
-        yield
+        return nullcontext()
 
     # ------------------------------------------------------------------------------------------ saving and loading
 

@@ -18,17 +18,24 @@ from ..helpers import features_of, value_projections_of
 from ..zoo import HIDDEN_SIZE, NUM_BLOCKS
 
 
-def reference_forward(base: nn.Module, adapted: PeftModel, inputs: dict[str, Any], **options: Any) -> Any:
+def reference_forward(
+    base: nn.Module,
+    adapted: PeftModel,
+    inputs: dict[str, Any],
+    topdown_prompt: torch.Tensor | None = None,
+    **options: Any,
+) -> Any:
     """The output of `adapted`, computed with `base`, a copy of its base model.
 
     Args:
         base: gets the gradients of base parameters.
         adapted: gives the config and the feedback weights, and gets their gradients.
         inputs: the model's inputs.
+        topdown_prompt: takes the place of the learned prompt. Shape: [d] or [b, d]
         options: given to pass 2 only.
     """
     config = adapted.active_peft_config
-    feedback = reference_feedback(base, adapted, inputs)
+    feedback = reference_feedback(base, adapted, inputs, topdown_prompt)
     with ExitStack() as hooks:
         for index, value_projection in enumerate(value_projections_of(base)):
             if index in feedback:
@@ -49,7 +56,9 @@ class ReferenceModel(nn.Module):
         return reference_forward(self.base, self.model, inputs)
 
 
-def reference_feedback(base: nn.Module, adapted: PeftModel, inputs: dict[str, Any]) -> dict[int, torch.Tensor]:
+def reference_feedback(
+    base: nn.Module, adapted: PeftModel, inputs: dict[str, Any], topdown_prompt: torch.Tensor | None = None
+) -> dict[int, torch.Tensor]:
     """What is added to the input of each value projection."""
     config = adapted.active_peft_config
     name = adapted.active_adapter
@@ -59,7 +68,8 @@ def reference_feedback(base: nn.Module, adapted: PeftModel, inputs: dict[str, An
     )
     first = NUM_BLOCKS if config.feedback_from is None else config.feedback_from
     x = features_of(base, inputs, first)
-    prompt = weights[f"{prefix}selection.topdown_prompt.{name}.weight"]
+    prompt = weights[f"{prefix}selection.topdown_prompt.{name}.weight"] if topdown_prompt is None else topdown_prompt
+    prompt = prompt if prompt.dim() == 1 else prompt[:, None, :]
     mask = F.cosine_similarity(x, prompt.expand_as(x), dim=-1).clamp(0, 1)
     z = (mask.unsqueeze(-1) * x) @ weights[f"{prefix}selection.topdown_transform.{name}.weight"]
     feedback = {}

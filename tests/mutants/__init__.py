@@ -5,8 +5,9 @@ from .forward import IN_A_FORWARD
 from .method import AROUND_IT
 from .mutant import Mutant
 from .shared import OF_A_SHARED_CACHE
+from .steering import OF_STEERING
 from .stored import OF_STORED_FEATURES
 
-MUTANTS = [*IN_A_FORWARD, *AROUND_IT, *OF_STORED_FEATURES, *OF_A_SHARED_CACHE, *OF_DRAFTING]
+MUTANTS = [*IN_A_FORWARD, *AROUND_IT, *OF_STORED_FEATURES, *OF_A_SHARED_CACHE, *OF_DRAFTING, *OF_STEERING]
 
 __all__ = ["MUTANTS", "Mutant"]

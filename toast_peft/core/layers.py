@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from ..config import TopDownConfig
 from .feedback import low_rank, select, step_down, token_mask
 from .module_tree import to_device_of
+from .prompt_input import GivenPrompt
 from .run import ThreadState
 from .topdown_layer import AdapterIdentity, TopDownLayer
 from .value_projection import input_size
@@ -41,11 +42,12 @@ class Prompt(nn.Module):
         self.hidden_size = hidden_size
         self.weight = nn.Parameter(std * torch.randn(hidden_size))
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
+    def forward(self, features: torch.Tensor, given: GivenPrompt | None = None) -> torch.Tensor:
         """Weight of each token, clamp(cos(x, prompt), 0, 1).
 
         Args:
             features: features of pass 1. Shape: [b, n, d]
+            given: prompts to take the place of the learned one.
 
         Returns:
             Weights in [0, 1]. Shape: [b, n, 1]
@@ -58,7 +60,7 @@ class Prompt(nn.Module):
                 f"The hidden states have {features.shape[-1]} channels and the value projections take "
                 f"{self.hidden_size}; TOAST does not support attention to something else than the hidden states."
             )
-        return token_mask(features, self.weight)
+        return token_mask(features, self.weight if given is None else given.for_features(features, self.weight.dtype))
 
 
 class Transform(nn.Module):
@@ -142,7 +144,7 @@ class FeatureSelection(TopDownLayer):
         dtype = weight_of(self.topdown_prompt[adapter_name]).dtype
         features = self._cast_input_dtype(features, dtype)
         compared = features if compared is None else self._cast_input_dtype(compared, dtype)
-        mask = self.topdown_prompt[adapter_name](compared)
+        mask = self.topdown_prompt[adapter_name](compared, self.state.current.prompt)
         if not torch.compiler.is_exporting():  # traced with tensors that hold no numbers
             self.state.current.mask = mask.detach()
         return features, mask

@@ -11,6 +11,7 @@ from .open_rows import rows_of
 
 if TYPE_CHECKING:
     from .joint_pass import JointPass
+    from .prompt_input import GivenPrompt
     from .stored_pass import StoredPass
     from .variational_loss import Reconstruction
 
@@ -92,6 +93,7 @@ class Current:
         attention_mask: what that forward was called with.
         stored: what pass 1 of the next forward has computed already, `None` if it has to run.
         joint: the two passes of the next forward if they run side by side, `None` if one after the other.
+        prompt: what the features are compared with instead of the learned prompt, `None` if that is not replaced.
     """
 
     def __init__(self) -> None:
@@ -101,6 +103,7 @@ class Current:
         self.attention_mask: Any = None
         self.stored: StoredPass | None = None
         self.joint: JointPass | None = None
+        self.prompt: GivenPrompt | None = None
 
     def all_closed(self) -> bool:
         """Whether no token was selected in the last forward with feedback."""

@@ -80,12 +80,7 @@ class StoredInput(ReplacedForward):
 
     @property
     def __signature__(self) -> inspect.Signature:
-        # transformers' Trainer drops the inputs that are not in it.
-        signature = super().__signature__
-        parameters = list(signature.parameters.values())
-        index = next((i for i, p in enumerate(parameters) if p.kind == p.VAR_KEYWORD), len(parameters))
-        added = inspect.Parameter(STORED_INPUT, inspect.Parameter.KEYWORD_ONLY, default=None)
-        return signature.replace(parameters=[*parameters[:index], added, *parameters[index:]])
+        return self.signature_with(STORED_INPUT)
 
     def __call__(self, *args: Any, topdown_features: torch.Tensor | None = None, **kwargs: Any) -> Any:
         """Call the model.

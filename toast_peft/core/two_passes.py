@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import nn
 
 from .forwards import BackboneForward, BlockForward
-from .layers import FeedbackPath
+from .layers import FeedbackPath, feedback_paths
+from .prompt_input import PromptInput
 from .stored_pass import Origin, StoredInput
 from .value_projection import ValueColumns, ValueHooks
 from .variational_loss import LossHook
@@ -39,7 +40,17 @@ class TwoPasses:
         self.backbone_forward = self.backbone_forward_class(stack, path, self.block_forwards)
         self.value_hooks: dict[int, ValueHooks] = {}
         self.loss_hook = LossHook(model, path)
+        self.prompt_input = self._accept_prompts(model)
         self.stored_input: StoredInput | None = None
+
+    def _accept_prompts(self, model: nn.Module) -> PromptInput:
+        """Let a model take prompts as one more input; it may do so already for another backbone in it."""
+        for _, path in feedback_paths(model):
+            accepted = path.passes.prompt_input
+            if accepted.module is model:
+                accepted.paths.append(self.path)
+                return accepted
+        return PromptInput(model, self.path)
 
     def numbered_modules(self, stack: "Stack") -> Iterable[tuple[int, nn.Module]]:
         """The modules that a pass can skip."""
@@ -70,6 +81,9 @@ class TwoPasses:
         """Leave the modules as they were."""
         if self.stored_input is not None:  # it may be in front of the backbone's
             self.stored_input.remove()
+        self.prompt_input.paths.remove(self.path)
+        if not self.prompt_input.paths:
+            self.prompt_input.remove()
         for forward in (self.backbone_forward, *self.block_forwards):
             forward.remove()
         for hooks in self.value_hooks.values():

@@ -1,0 +1,190 @@
+"""A prompt given with the inputs, one for each row: it takes the place of the learned one in that call.
+
+    m = clamp(cos(x, topdown_prompt), 0, 1)
+
+It is an argument of the model's forward and of `generate`, or holds in a `with` block. Until the call is over it waits
+in the state of the thread, where the feature selection finds it. Pass 1 does not depend on it.
+
+Notation used for tensor shapes:
+    - b: batch size
+    - n: number of tokens
+    - d: hidden size
+"""
+
+import inspect
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+from torch import nn
+
+from .replaced_forward import ReplacedForward
+
+if TYPE_CHECKING:
+    from .layers import FeedbackPath
+
+PROMPT_INPUT = "topdown_prompt"  # the argument of the model's forward and of `generate`
+
+
+class GivenPrompt(NamedTuple):
+    """Prompts that the tokens are compared with instead of the learned one.
+
+    Args:
+        prompts: one for all rows, or one for each. Shape: [d] or [b, d]
+        may_repeat: whether each may be for several rows that follow one another, as `generate` makes them of one.
+    """
+
+    prompts: torch.Tensor
+    may_repeat: bool
+
+    def for_features(self, features: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The prompts as they are compared with features.
+
+        Args:
+            features: Shape: [b, n, d], of a map [b, h, w, d]
+            dtype: of the learned prompt; a given one may be more precise.
+
+        Returns:
+            Shape: [d], or [b, 1, d], of a map [b, 1, 1, d]
+
+        Raises:
+            ValueError: if they are on another device, or not as many as there are rows.
+        """
+        prompts = self.prompts
+        if prompts.device.type != features.device.type:
+            raise ValueError(
+                f"`{PROMPT_INPUT}` is on {str(prompts.device)!r} and the features on {str(features.device)!r}; move "
+                "it to where the model's inputs are."
+            )
+        prompts = prompts.to(features.device, torch.promote_types(prompts.dtype, dtype))
+        if prompts.dim() == 1 or len(prompts) == 1:
+            return prompts.flatten()
+        repeats = self._repeats(features)
+        prompts = prompts.repeat_interleave(repeats, dim=0) if repeats > 1 else prompts
+        return prompts.view(len(prompts), *[1] * (features.dim() - 2), -1)
+
+    def _repeats(self, features: torch.Tensor) -> int:
+        """For how many rows each prompt is. Shape of the features: [b, n, d]"""
+        num_prompts = len(self.prompts)
+        repeats, rest = divmod(len(features), num_prompts) if features.dim() > 2 else (0, 0)
+        if repeats == 0 or rest > 0 or (repeats > 1 and not self.may_repeat):
+            raise ValueError(
+                f"`{PROMPT_INPUT}` has {num_prompts} rows and the features of pass 1 have the shape "
+                f"{list(features.shape)}; expected one prompt for each row of the batch, or [d], one for all."
+            )
+        return repeats
+
+
+def _checked(paths: Iterable["FeedbackPath"], prompts: torch.Tensor) -> "FeedbackPath":
+    """The feedback path that prompts are for, after checks of all that is known before the forward."""
+    active = [path for path in paths if path.active_adapter is not None]
+    if len(active) != 1:
+        raise ValueError(
+            f"`{PROMPT_INPUT}` was given, and {len(active)} stacks of blocks have an active TOAST adapter; expected "
+            "one, whose features it is compared with. Enable an adapter, or in an encoder-decoder give one of the "
+            "stacks feedback with `target_modules`; or leave it out."
+        )
+    [path] = active
+    d = path.selection.topdown_prompt[str(path.active_adapter)].hidden_size
+    if not isinstance(prompts, torch.Tensor) or not prompts.is_floating_point():
+        found = prompts.dtype if isinstance(prompts, torch.Tensor) else type(prompts).__name__
+        raise ValueError(f"`{PROMPT_INPUT}` is of the type {found}; expected a tensor of floating-point numbers.")
+    if prompts.dim() not in (1, 2) or prompts.shape[-1] != d or len(prompts) == 0:
+        raise ValueError(
+            f"`{PROMPT_INPUT}` has the shape {list(prompts.shape)}; expected [{d}], or [rows of the batch, {d}], as "
+            f"the features have {d} channels."
+        )
+    return path
+
+
+@contextmanager
+def given_prompt(paths: Iterable["FeedbackPath"], prompts: torch.Tensor) -> Iterator[None]:
+    """In it, the active adapter compares with these prompts, in this thread.
+
+    Args:
+        paths: the feedback paths of the model.
+        prompts: Shape: [d] or [b, d]
+
+    Raises:
+        ValueError: if they do not fit.
+    """
+    current = _checked(paths, prompts).state.current
+    outer, current.prompt = current.prompt, GivenPrompt(prompts, may_repeat=True)
+    try:
+        yield
+    finally:
+        current.prompt = outer
+
+
+class PromptInput(ReplacedForward):
+    """Forward of a model with one more argument, `topdown_prompt`; its `generate`, if it has one, takes it as well.
+
+    Args:
+        module: the model.
+        path: that of a backbone in it.
+
+    Attributes:
+        paths: those of all its backbones.
+    """
+
+    def __init__(self, module: nn.Module, path: "FeedbackPath") -> None:
+        super().__init__(module, path.state)
+        self.paths = [path]
+        self.generate = PromptedGenerate(module, self) if hasattr(type(module), "generate") else None
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return self.signature_with(PROMPT_INPUT)
+
+    def __call__(self, *args: Any, topdown_prompt: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        """Call the model.
+
+        Args:
+            args: the other arguments.
+            topdown_prompt: what to compare the features with; `None` for the learned prompt. Shape: [d] or [b, d]
+            kwargs: the other arguments.
+        """
+        if topdown_prompt is None:
+            return self.original(*args, **kwargs)
+        current = _checked(self.paths, topdown_prompt).state.current
+        # Not `given_prompt`, as torch.compile has only begun to trace generators.
+        outer, current.prompt = current.prompt, GivenPrompt(topdown_prompt, may_repeat=False)
+        try:
+            return self.original(*args, **kwargs)
+        finally:
+            current.prompt = outer
+
+    def remove(self) -> None:
+        super().remove()
+        if self.generate is not None:
+            self.generate.remove()
+
+
+class PromptedGenerate(ReplacedForward):
+    """`generate` of a model with one more argument, `topdown_prompt`.
+
+    It stays out of the arguments that `generate` hands on to the forwards, of which it repeats the rows of tensors, be
+    it one prompt for all, and of which some models keep only those that they know.
+
+    Args:
+        module: the model.
+        prompt_input: its forward.
+    """
+
+    method: ClassVar[str] = "generate"
+
+    def __init__(self, module: nn.Module, prompt_input: PromptInput) -> None:
+        super().__init__(module, prompt_input.state)
+        self.prompt_input = prompt_input
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return self.signature_with(PROMPT_INPUT)
+
+    def __call__(self, *args: Any, topdown_prompt: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        """Generate. Arguments as those of the forward and of `generate`."""
+        if topdown_prompt is None:
+            return self.original(*args, **kwargs)
+        with given_prompt(self.prompt_input.paths, topdown_prompt):
+            return self.original(*args, **kwargs)
