@@ -20,6 +20,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 from torch.nn import functional as F
+from transformers.utils import logging
 
 from .config import TopDownConfig
 from .core.dropout import in_evaluation_mode
@@ -166,6 +167,8 @@ def initialize_feedback(
     Only the prompt is set for TOAST-Lite, ConvNets and hierarchical transformers, and for adapters that do not start
     from identities (`init_weights=False`, `pretrained_feedback`); so for blocks that run several times in a pass.
 
+    A progress bar shows how far it is; `transformers.utils.logging.disable_progress_bar()` switches it off.
+
     Args:
         model: has the adapter, which must be active.
         dataloader: gives inputs of the model as dicts; tokens with `attention_mask` 0 are left out.
@@ -189,7 +192,7 @@ def initialize_feedback(
         raise ValueError(f"`adapter_name` is {adapter_name!r}; expected the active TOAST adapter, which is {active}.")
     refuse_fused(model, "initialise it")
     statistics = [Statistics(backbone, path, adapter_name) for backbone, path in backbones]
-    collect(model, dataloader, statistics)
+    collect(model, logging.tqdm(dataloader, desc="Looking at the data"), statistics)
     for collected in statistics:
         collected.check()
     weights = [pair for collected in statistics for pair in collected.new_weights(ridge)]

@@ -211,3 +211,15 @@ def test_hidden_states_that_are_not_finite_or_zero_are_refused(model_class: type
         with block.register_forward_hook(spoil), pytest.raises(ValueError, match=message):
             initialize_feedback(model, data)
         assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("is_shown", [True, False])
+def test_a_progress_bar_that_transformers_can_switch_off(is_shown: bool, capsys: pytest.CaptureFixture) -> None:
+    model = adapted(tiny_model(tf.ViTForImageClassification))
+    was_shown = tf.utils.logging.is_progress_bar_enabled()
+    (tf.utils.logging.enable_progress_bar if is_shown else tf.utils.logging.disable_progress_bar)()
+    try:
+        initialize_feedback(model, [inputs_of(model)])
+    finally:
+        (tf.utils.logging.enable_progress_bar if was_shown else tf.utils.logging.disable_progress_bar)()
+    assert ("Looking at the data" in capsys.readouterr().err) == is_shown

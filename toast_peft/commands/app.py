@@ -2,10 +2,12 @@
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from transformers.utils import logging
 
 import toast_peft
 
@@ -33,7 +35,10 @@ app = typer.Typer(
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show where in the code an error comes from.")] = False,
 ) -> None:
-    """Taken by `main`, which catches errors."""
+    if not debug:  # an error is printed by `main`; what libraries say in between is for programmers
+        warnings.simplefilter("ignore")
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
 
 
 @app.command()
@@ -74,19 +79,12 @@ def convert(
 
 
 @app.command()
-def card(
-    adapter: Adapter,
-    base_model: BaseModel = None,
-    output: Annotated[
-        Path | None, typer.Option(help="Folder for the README.md.", show_default="that of the adapter")
-    ] = None,
-) -> None:
-    """Write the model card of an adapter: how to load it, and how it was made. What else is in it is kept."""
-    folder = output or Path(adapter)
-    if not folder.is_dir():
-        raise ValueError(f"{str(folder)!r} is no folder; name one for the card with --output.")
-    load(adapter, base_model).model.create_or_update_model_card(str(folder))
-    typer.echo(f"Wrote {folder / 'README.md'}.")
+def card(adapter: Adapter, base_model: BaseModel = None) -> None:
+    """Write the model card of an adapter: how to load it, and how it was made. Other text in it is kept."""
+    if not Path(adapter).is_dir():
+        raise ValueError(f"{adapter!r} is no folder; download the adapter, and name the folder that it is in.")
+    load(adapter, base_model).model.create_or_update_model_card(adapter)
+    typer.echo(f"Wrote {Path(adapter, 'README.md')}.")
 
 
 @app.command()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftType
 
 from ..card import options_of
 from ..config import TopDownConfig
@@ -63,7 +63,9 @@ def read_config(adapter: str) -> TopDownConfig:
     """
     config = PeftConfig.from_pretrained(adapter)
     if not isinstance(config, TopDownConfig):
-        raise ValueError(f"{adapter!r} is an adapter of the method {config.peft_type}; expected one of TOAST.")
+        raise ValueError(
+            f"{adapter!r} is an adapter of the method {PeftType(config.peft_type).value}; expected one of TOAST."
+        )
     return TopDownConfig.from_pretrained(adapter)  # which knows where it was read from
 
 

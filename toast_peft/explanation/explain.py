@@ -26,7 +26,7 @@ from .grids import images_of, patch_grid
 
 
 def explain(
-    model: nn.Module, inputs: Mapping[str, Any], processing_class: Any = None, *, stack: str | None = None
+    model: nn.Module, inputs: Mapping[str, Any], processor_or_tokenizer: Any = None, *, stack: str | None = None
 ) -> Explanation:
     """Show what the mask selects, and what the feedback changes in attention and output.
 
@@ -36,8 +36,8 @@ def explain(
     Args:
         model: has the adapter, as a PEFT model or injected directly.
         inputs: of the model's forward, on its device.
-        processing_class: the tokenizer gives the tokens their names, the image processor the images their colours; a
-            processor may do both.
+        processor_or_tokenizer: the tokenizer gives the tokens their names, the image processor the images their
+            colours; a processor may do both.
         stack: where several stacks of blocks have feedback, as encoder and decoder, the name of one of them. The
             feedback of the others stays in both passes.
 
@@ -69,10 +69,10 @@ def explain(
         mask=second.mask,
         feedback_norm=second.feedback_norm,
         features=second.features,
-        **_tokens(_side(model, name), second.mask, inputs, processing_class),
-        **_picture(backbone, second.mask, inputs, processing_class),
+        **_tokens(_side(model, name), second.mask, inputs, processor_or_tokenizer),
+        **_picture(backbone, second.mask, inputs, processor_or_tokenizer),
         has_logits_of_tokens=_side(model, name) != "encoder_" and _is_of_tokens(second.logits, second.mask),
-        labels=_labels(model, [p.logits for p in passes if p.logits is not None], processing_class),
+        labels=_labels(model, [p.logits for p in passes if p.logits is not None], processor_or_tokenizer),
     )
 
 
@@ -239,7 +239,7 @@ def _is_of_tokens(logits: torch.Tensor | None, mask: np.ndarray) -> bool:
     return logits is not None and logits.dim() == 3 and logits.shape[:2] == mask.shape
 
 
-def _tokens(side: str, mask: np.ndarray, inputs: Mapping[str, Any], processing_class: Any) -> dict[str, Any]:
+def _tokens(side: str, mask: np.ndarray, inputs: Mapping[str, Any], processor_or_tokenizer: Any) -> dict[str, Any]:
     """Names of the tokens if they are those of a text, and which of all are padding. Shape of the mask: [b, n]"""
     prefix = side.removeprefix("encoder_")
     ids, attended = inputs.get(f"{prefix}input_ids"), inputs.get(f"{prefix}attention_mask")
@@ -248,18 +248,18 @@ def _tokens(side: str, mask: np.ndarray, inputs: Mapping[str, Any], processing_c
         is_padding = to_numpy(attended) == 0
     if not isinstance(ids, torch.Tensor) or ids.shape != mask.shape:
         return {"tokens": None, "is_padding": is_padding}
-    name = _decoder_of(processing_class)
+    name = _decoder_of(processor_or_tokenizer)
     return {"tokens": [[name(token) for token in row] for row in ids.tolist()], "is_padding": is_padding}
 
 
-def _decoder_of(processing_class: Any) -> Any:
+def _decoder_of(processor_or_tokenizer: Any) -> Any:
     """What names a token: its text, without a tokenizer its number."""
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    tokenizer = getattr(processor_or_tokenizer, "tokenizer", processor_or_tokenizer)
     return (lambda token: tokenizer.decode([token])) if hasattr(tokenizer, "decode") else str
 
 
 def _picture(
-    backbone: nn.Module, mask: np.ndarray, inputs: Mapping[str, Any], processing_class: Any
+    backbone: nn.Module, mask: np.ndarray, inputs: Mapping[str, Any], processor_or_tokenizer: Any
 ) -> dict[str, Any]:
     """The images and the grid of their patches, if the tokens are those of images."""
     pixels = inputs.get("pixel_values")
@@ -273,11 +273,11 @@ def _picture(
         grid = (mask.shape[1], mask.shape[2])
     if grid is None:
         return nothing
-    processor = getattr(processing_class, "image_processor", processing_class)
+    processor = getattr(processor_or_tokenizer, "image_processor", processor_or_tokenizer)
     return {"images": images_of(to_numpy(pixels), processor), "grid": grid}
 
 
-def _labels(model: nn.Module, logits: list[np.ndarray], processing_class: Any) -> dict[int, str]:
+def _labels(model: nn.Module, logits: list[np.ndarray], processor_or_tokenizer: Any) -> dict[int, str]:
     """Names of classes; of a vocabulary of those tokens that are predicted."""
     if not logits or logits[0].ndim not in (2, 3):
         return {}
@@ -287,5 +287,5 @@ def _labels(model: nn.Module, logits: list[np.ndarray], processing_class: Any) -
         return dict(id2label)
     k = min(NUM_PREDICTIONS, num_classes)
     predicted = {int(i) for of_pass in logits for i in np.unique(np.argpartition(-of_pass, k - 1, -1)[..., :k])}
-    name = _decoder_of(processing_class)
+    name = _decoder_of(processor_or_tokenizer)
     return {index: name(index) for index in sorted(predicted)}
