@@ -88,6 +88,26 @@ def test_an_adapter_as_before_training_fails_the_check() -> None:
     assert "the feedback changes nothing" in run("toast-peft check new", exit_code=1).stderr
 
 
+@pytest.mark.parametrize("r", [0, 2])
+def test_official_start_is_not_taken_for_one_without_feedback(r: int, saved: Path) -> None:
+    base = tf.ViTForImageClassification.from_pretrained(saved / "my-base")
+    adapted(base, r=r, init_weights=False).save_pretrained(saved / f"official-start-{r}")
+    assert "note" not in run(f"toast-peft info official-start-{r}").stdout
+
+
+def test_the_head_of_an_official_classifier_is_taken_over_or_named(saved: Path) -> None:
+    bare = tf.ViTModel.from_pretrained(saved / "official-base")
+    bare.save_pretrained(saved / "bare")
+    num_labels = len(Golden("vit").checkpoint(lite=False)["head.last_layer.weight"])
+    command = "toast-peft convert official.pth --base-model bare --output"
+    assert "head of the checkpoint" in run(f"{command} without-head").stderr
+    run(f"{command} with-head --num-labels {num_labels}")
+    without, with_head = (
+        load_file(saved / name / "adapter_model.safetensors") for name in ("without-head", "with-head")
+    )
+    assert len(with_head) == len(without) + 2 and any("classifier" in name for name in with_head)
+
+
 def test_weights_that_are_no_numbers_are_found(saved: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
@@ -125,6 +145,8 @@ def test_errors_are_one_sentence_unless_debugged(
 def test_wrong_usage_ends_with_2() -> None:
     run("toast-peft info", exit_code=2)
     run("toast-peft explain my-adapter", exit_code=2)
+    run("toast-peft explain my-adapter --output x.html", exit_code=2)
+    run("toast-peft check my-adapter --image flower.png --text flower", exit_code=2)
 
 
 @pytest.mark.slow

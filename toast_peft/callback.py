@@ -1,6 +1,8 @@
 """Shows in training whether feedback gets through: the share of open tokens, the mean mask, the variational loss."""
 
 import warnings
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,6 +11,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from .core.layers import FeedbackPath
 from .core.variational_loss import last_variational_loss
+from .explanation.explain import explain
+from .initialization import device_of_inputs
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -70,8 +74,13 @@ class FeedbackCallback(TrainerCallback):
 
     It warns, once, when no token is open any more. Nothing is computed in other steps.
 
+    With `samples` it also draws what `explain` shows of them, so that one sees the selection form: into the folder
+    `feedback` of the output folder, and to TensorBoard where the trainer reports to it.
+
     Args:
         trainer: logs it, so that it goes wherever the trainer's logs go.
+        samples: inputs of the model, a few rows; `None` for no pictures.
+        picture_steps: a picture before the first step, after each of so many, and at the end.
 
     Example:
 
@@ -81,9 +90,39 @@ class FeedbackCallback(TrainerCallback):
     ```
     """
 
-    def __init__(self, trainer: "Trainer") -> None:
+    def __init__(self, trainer: "Trainer", samples: Mapping[str, Any] | None = None, picture_steps: int = 100) -> None:
         self.trainer = trainer
+        self.samples = samples
+        self.picture_steps = picture_steps
         self.has_warned = False
+
+    def on_step_begin(  # type: ignore[override]  # the trainer always gives `model`
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """Draw what is there after the steps so far; those of the last step have been logged."""
+        if state.global_step % self.picture_steps == 0:
+            self._draw(args, state, model)
+
+    def on_train_end(  # type: ignore[override]  # the trainer always gives `model`
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """Draw what has been learned."""
+        self._draw(args, state, model)
+
+    def _draw(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
+        if self.samples is None:
+            return
+        device = device_of_inputs(model)
+        inputs = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in self.samples.items()}
+        explanation = explain(model, inputs, self.trainer.processing_class)  # in each process, which may hold a shard
+        if not state.is_world_process_zero:
+            return
+        figure, folder = explanation.plot(), Path(str(args.output_dir), "feedback")
+        folder.mkdir(parents=True, exist_ok=True)
+        figure.savefig(folder / f"step_{state.global_step:06d}.png", dpi=110)
+        for callback in self.trainer.callback_handler.callbacks:
+            if getattr(callback, "tb_writer", None) is not None:
+                callback.tb_writer.add_figure("feedback", figure, state.global_step)
 
     def on_log(  # type: ignore[override]  # the trainer always gives `model` and `logs`
         self,

@@ -221,3 +221,38 @@ def test_callback_warns_once_when_no_token_is_open(tmp_path: Path) -> None:
     assert len(messages) == 1
     assert messages[0].startswith("At step 2") and "lower learning rate" in messages[0]
     assert "(open_tokens is 0)" in messages[0] and "initialize_feedback" in messages[0]
+
+
+class Writer(tf.TrainerCallback):
+    """Stands for transformers' TensorBoardCallback."""
+
+    def __init__(self) -> None:
+        self.tb_writer = self
+        self.figures: list[tuple[str, int]] = []
+
+    def add_figure(self, name: str, figure: Any, step: int) -> None:
+        self.figures.append((name, step))
+
+
+@pytest.mark.parametrize("model_class", VIT_AND_LLAMA)
+def test_pictures_are_drawn_beside_the_same_training(model_class: type, tmp_path: Path) -> None:
+    weights, histories = [], []
+    for draws in (False, True):
+        torch.manual_seed(0)
+        model = new_model(model_class)
+        trainer = trainer_for(model, tmp_path, max_steps=5, logging_steps=1, eval_strategy="no", save_strategy="no")
+        samples = inputs_of(model, batch_size=2) if draws else None
+        trainer.add_callback(FeedbackCallback(trainer, samples, picture_steps=2))
+        writer = Writer()
+        trainer.add_callback(writer)
+        trainer.train()
+        weights.append(dict(model.named_parameters()))
+        histories.append(
+            [{n: v for n, v in entry.items() if "train_" not in n} for entry in trainer.state.log_history]
+        )
+        assert writer.figures == [("feedback", step) for step in (0, 2, 4, 5) if draws]
+    assert histories[0] == histories[1]
+    assert all(torch.equal(weights[1][name], weight) for name, weight in weights[0].items())
+    names = sorted(path.name for path in (tmp_path / "feedback").iterdir())
+    assert names == [f"step_00000{step}.png" for step in (0, 2, 4, 5)]
+    assert all((tmp_path / "feedback" / name).read_bytes().startswith(b"\x89PNG") for name in names)

@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 import toast_peft
 
-from .loaded import load, load_base, report_on
+from .loaded import load, load_base, load_classifier, report_on
 from .saved import describe
 from .versions import versions
 
@@ -35,8 +35,9 @@ app = typer.Typer(
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show where in the code an error comes from.")] = False,
 ) -> None:
+    warnings.showwarning = lambda message, *where: typer.echo(f"Warning: {message}", err=True)
     if not debug:  # an error is printed by `main`; what libraries say in between is for programmers
-        warnings.simplefilter("ignore")
+        warnings.filterwarnings("ignore", module="(?!toast_peft)")
         logging.set_verbosity_error()
         logging.disable_progress_bar()
 
@@ -57,6 +58,7 @@ def check(adapter: Adapter, base_model: BaseModel = None, image: Image = None, t
 
     Without an image or a text it runs on random inputs.
     """
+    _check_one(image, text)
     loaded = load(adapter, base_model)
     lines, problems = report_on(loaded, loaded.inputs(image, text))
     typer.echo("\n".join(lines))
@@ -71,9 +73,13 @@ def convert(
     lora_merged: Annotated[
         bool, typer.Option("--lora-merged", help="Of Lite: the low-rank product has been added to the matrices.")
     ] = False,
+    num_labels: Annotated[
+        int | None, typer.Option(help="Number of classes, to take the head of an image classifier over.")
+    ] = None,
 ) -> None:
     """Make an adapter of a checkpoint of the official code."""
-    model = toast_peft.from_official_checkpoint(load_base(base_model), checkpoint, lora_merged=lora_merged)
+    base = load_base(base_model) if num_labels is None else load_classifier(base_model, num_labels)
+    model = toast_peft.from_official_checkpoint(base, checkpoint, lora_merged=lora_merged)
     model.save_pretrained(str(output))
     typer.echo(f"Saved to {output}.")
 
@@ -96,8 +102,9 @@ def explain(
     text: Text = None,
 ) -> None:
     """Draw what an adapter selects in an image or a text, and what its feedback changes."""
+    _check_one(image, text)
     if image is None and text is None:
-        raise ValueError("There is nothing to explain; give --image or --text.")
+        raise typer.BadParameter("There is nothing to explain; give --image or --text.")
     loaded = load(adapter, base_model)
     toast_peft.explain(loaded.model, loaded.inputs(image, text), loaded.processor).save(output)
     typer.echo(f"Saved to {output}.")
@@ -108,6 +115,11 @@ def env() -> None:
     """Print the versions that a report of a bug should have."""
     for name, version in versions().items():
         typer.echo(f"- {name}: {version}")
+
+
+def _check_one(image: Path | None, text: str | None) -> None:
+    if image is not None and text is not None:
+        raise typer.BadParameter("Both --image and --text were given; expected one of them.")
 
 
 def _end_with(problems: list[str]) -> None:
@@ -122,7 +134,7 @@ def main() -> None:
     try:
         app()
     except Exception as error:  # whatever it is, one sentence says more than a page of code
-        if "--debug" in sys.argv:
+        if sys.argv[1:2] == ["--debug"]:
             raise
         typer.echo(f"{type(error).__name__}: {error}\n`toast-peft --debug ...` shows where it comes from.", err=True)
         sys.exit(1)

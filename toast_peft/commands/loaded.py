@@ -9,7 +9,13 @@ import torch
 import transformers
 from peft import PeftModel
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 from transformers.image_utils import load_image
 
 from ..callback import feedback_statistics
@@ -48,16 +54,17 @@ class Loaded:
         """What to run the model on: an image or a text, or else random numbers.
 
         Raises:
-            ValueError: if both are given, or it is not known what the model takes.
+            ValueError: if it is not known what the model takes.
         """
-        if image is not None and text is not None:
-            raise ValueError("Both --image and --text were given; expected one of them.")
         if image is not None:
             self.processor = AutoImageProcessor.from_pretrained(self.base_model, backend="pil")
             return dict(self.processor(load_image(str(image)), return_tensors="pt"))
         if text is not None:
             self.processor = AutoTokenizer.from_pretrained(self.base_model)
-            return dict(self.processor(text, return_tensors="pt"))
+            config = cast(PreTrainedModel, self.model.get_base_model()).config
+            start = torch.tensor([[config.decoder_start_token_id]]) if config.is_encoder_decoder else None
+            decoder = {} if start is None else {"decoder_input_ids": start}
+            return dict(self.processor(text, return_tensors="pt")) | decoder
         return random_inputs(cast(PreTrainedModel, self.model.get_base_model()))
 
 
@@ -93,6 +100,12 @@ def load_base(
     heads = [w for name, w in (weights or {}).items() if re.search(r"\.(classifier|score)(\.\w+)?\.weight$", name)]
     options = {"num_labels": len(heads[-1]), "ignore_mismatched_sizes": True} if heads else {}
     return model_class.from_pretrained(location, **options)
+
+
+def load_classifier(location: str, num_labels: int) -> PreTrainedModel:
+    """Load a base model with a head for images."""
+    options = {"num_labels": num_labels, "ignore_mismatched_sizes": True}
+    return AutoModelForImageClassification.from_pretrained(location, **options)
 
 
 def _class_name(location: str, config: TopDownConfig | None) -> str:

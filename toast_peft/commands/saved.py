@@ -95,7 +95,7 @@ def describe(adapter: str) -> Description:
         parameters=_sizes(weights),
         bytes=sum(tensor.numel() * tensor.element_size() for tensor in weights.values()),
         problems=not_finite(weights),
-        notes=_notes(weights),
+        notes=_notes(config, weights),
     )
 
 
@@ -117,9 +117,8 @@ def not_finite(weights: dict[str, torch.Tensor]) -> list[str]:
     return [f"{len(bad)} of {len(weights)} weights are NaN or infinite, the first is {bad[0]}."] if bad else []
 
 
-def _notes(weights: dict[str, torch.Tensor]) -> list[str]:
-    """Whether there is feedback at all: the last matrix of each block decides."""
-    last = [tensor for name, tensor in weights.items() if _part_of(name) == "linear2"]
-    factors = [tensor for name, tensor in weights.items() if "topdown_linear2_B" in name]
-    is_zero = bool(last) and not any(bool(tensor.any()) for tensor in factors or last)
-    return ["its feedback is zero, as before training: the model is the base model."] if is_zero else []
+def _notes(config: TopDownConfig, weights: dict[str, torch.Tensor]) -> list[str]:
+    """Whether there is feedback at all: the last matrix of each block decides, in TOAST-Lite with its factor B."""
+    last = [w for name, w in weights.items() if _part_of(name) == "linear2" and "topdown_linear2_A" not in name]
+    is_zero = config.base_feedback is None and not any(bool(tensor.any()) for tensor in last)
+    return ["its feedback is zero, as before training: the model is the base model."] if last and is_zero else []
