@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ from toast_peft import store_features
 Inputs = dict[str, Any]
 FUSED, STORED, MERGED = "-fused", "-stored", "-merged"
 FREE = "free"
+# What the cache is called, in newer versions of transformers and in older ones.
+CACHE = next(name for name in ("cache", "past_key_values") if name in signature(LlamaForCausalLM.forward).parameters)
 
 
 def _vit(size: int, heads: int) -> tuple[type[nn.Module], PreTrainedConfig]:
@@ -180,11 +183,11 @@ def decoding_time(model: nn.Module, inputs: Inputs, device: str, steps: int = 8)
     """Seconds for `steps` tokens with a static cache, after the prompt."""
     ids = inputs["input_ids"]
     cache = StaticCache(config=model.eval().config, max_cache_len=ids.shape[1] + steps)
-    next_ids = model(input_ids=ids, past_key_values=cache).logits[:, -1:].argmax(-1)
+    next_ids = model(input_ids=ids, **{CACHE: cache}).logits[:, -1:].argmax(-1)
 
     def decode() -> None:
         for _ in range(steps):
-            model(input_ids=next_ids, past_key_values=cache)
+            model(input_ids=next_ids, **{CACHE: cache})
 
     return seconds(decode, device)
 
