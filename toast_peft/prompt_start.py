@@ -79,7 +79,7 @@ def _run_once(model: nn.Module, statistics: list[Statistics]) -> list[float]:
     runnable = _innermost_model(model, [collected.backbone for collected in statistics])
     selections = [collected.path.selection for collected in statistics]
     with _numbers_restored(model), _active(selections, statistics[0].adapter_name):
-        inputs = _inputs(runnable)
+        inputs = random_inputs(runnable)
         collect(runnable, [inputs], statistics)
         for collected in statistics:
             if collected.num_tokens == 0:
@@ -139,8 +139,12 @@ def _numbers_restored(model: nn.Module) -> Iterator[None]:
             vars(module)[name] = value
 
 
-def _inputs(model: nn.Module) -> dict[str, Any]:
-    """Random inputs of the model, always the same."""
+def random_inputs(model: nn.Module) -> dict[str, Any]:
+    """Random inputs of the model, always the same.
+
+    Raises:
+        RuntimeError: if it is not known what the model takes.
+    """
     if not isinstance(model, PreTrainedModel):
         dummy_inputs = getattr(model, "dummy_inputs", None)
         if dummy_inputs is None:

@@ -96,7 +96,7 @@ def test_prompt_is_the_mean_feature_of_the_random_inputs(
     base = tiny_model(model_class)
     inputs = inputs_of(base)
     expected = F.normalize(features_of(base, inputs, options.get("feedback_from", 4)).detach(), dim=-1).mean((0, 1))
-    monkeypatch.setattr("toast_peft.prompt_start._inputs", lambda model: inputs)
+    monkeypatch.setattr("toast_peft.prompt_start.random_inputs", lambda model: inputs)
     prompt = prompts_of(adapted(base, **options))[0]
     torch.testing.assert_close(F.normalize(prompt, dim=0), F.normalize(expected, dim=0))
 

@@ -21,6 +21,7 @@ from transformers.image_utils import load_image
 from ..callback import feedback_statistics
 from ..config import TopDownConfig
 from ..core.layers import FeedbackPath, feedback_paths
+from ..prompt_start import random_inputs
 from .saved import not_finite, read_config, read_weights
 
 _AUTO_CLASSES = {
@@ -31,7 +32,6 @@ _AUTO_CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
 }
-_LENGTH = 16  # tokens of a random text
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Loaded:
         """What to run the model on: an image or a text, or else random numbers.
 
         Raises:
-            ValueError: if it is not known what the model takes.
+            RuntimeError: if it is not known what the model takes.
         """
         if image is not None:
             self.processor = AutoImageProcessor.from_pretrained(self.base_model, backend="pil")
@@ -65,7 +65,7 @@ class Loaded:
             start = torch.tensor([[config.decoder_start_token_id]]) if config.is_encoder_decoder else None
             decoder = {} if start is None else {"decoder_input_ids": start}
             return dict(self.processor(text, return_tensors="pt")) | decoder
-        return random_inputs(cast(PreTrainedModel, self.model.get_base_model()))
+        return random_inputs(self.model.get_base_model())
 
 
 def load(adapter: str, base_model: str | None) -> Loaded:
@@ -115,27 +115,6 @@ def _class_name(location: str, config: TopDownConfig | None) -> str:
     if config is not None and config.auto_mapping:
         return config.auto_mapping["base_model_class"]
     return (AutoConfig.from_pretrained(location).architectures or ["AutoModel"])[0]
-
-
-def random_inputs(base: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Two images or texts of random numbers.
-
-    Raises:
-        ValueError: if the model takes something else.
-    """
-    name, config = base.main_input_name, base.config
-    torch.manual_seed(0)
-    if name == "pixel_values" and hasattr(config, "num_channels"):
-        size = getattr(config, "image_size", 224)
-        height, width = (size, size) if isinstance(size, int) else size
-        return {name: torch.randn(2, config.num_channels, height, width)}
-    if name == "input_ids":
-        ids = torch.randint(0, config.get_text_config().vocab_size, (2, _LENGTH))
-        decoder = {"decoder_input_ids": ids} if config.is_encoder_decoder else {}
-        return {name: ids} | decoder
-    raise ValueError(
-        f"It is not known how to make random {name!r} for a {type(base).__name__}; give --image or --text."
-    )
 
 
 @torch.no_grad()

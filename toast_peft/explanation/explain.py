@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
+from ..core.dropout import in_evaluation_mode
 from ..core.layers import FeedbackPath, feedback_path_of
 from ..families.convnets import ConvNetFeedbackPath
 from .explanation import NUM_PREDICTIONS, Explanation, Pass
@@ -59,7 +60,7 @@ def explain(
     """
     _check_inputs(inputs)
     name, backbone, path = _find_stack(model, stack)
-    with torch.no_grad(), _evaluating(model), _with_eager_attention(backbone):
+    with torch.no_grad(), in_evaluation_mode(model.modules()), _with_eager_attention(backbone):
         first = _Forward(backbone, path, has_feedback=False).run(model, inputs)
         second = _Forward(backbone, path, has_feedback=True).run(model, inputs)
     passes = first.as_pass(), second.as_pass()
@@ -189,18 +190,6 @@ def _find_stack(model: nn.Module, wanted: str | None) -> tuple[str, nn.Module, F
     if len(chosen) != 1:
         raise ValueError(f"`stack={wanted!r}`, but the stacks with feedback are {names}; name one of them.")
     return chosen[0]
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; modules may be in different modes before."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextmanager
