@@ -25,8 +25,9 @@ from transformers.utils import logging
 from .config import TopDownConfig
 from .core.dropout import in_evaluation_mode
 from .core.fused_feedback import refuse_fused
-from .core.layers import FeedbackPath, feedback_paths, hidden_states_of, weight_of
+from .core.layers import FeedbackPath, feedback_paths, hidden_states_of
 from .core.stored_pass import STORED_INPUT
+from .core.topdown_layer import weight_of
 
 # Root mean square of the entries of a prompt that starts at features. It sets how far a step turns the prompt: Adam
 # moves each entry by up to the learning rate. After 50 steps with 1e-2, a LLaMA of 3 M parameters had 0 % of its

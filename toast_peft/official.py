@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from .config import OFFICIAL_STAGES, TopDownConfig
-from .core.layers import feedback_paths, weight_of
+from .core.layers import feedback_paths
 from .core.stack import Stack
+from .core.topdown_layer import weight_of
 from .families.convnets import ConvNetStack, StageShape
 from .families.find import find_stacks
 from .loading import describe_differences

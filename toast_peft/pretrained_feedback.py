@@ -10,8 +10,8 @@ from torch import nn
 
 from .base_feedback import copy_weights, is_fixed_matrix, name_in_file, read_base_feedback, read_weights, sha256_of
 from .config import TopDownConfig
-from .core.layers import FeedbackLayer, weight_of
-from .core.topdown_layer import TopDownLayer
+from .core.layers import FeedbackLayer
+from .core.topdown_layer import TopDownLayer, weight_of
 
 _LINEARS = ("topdown_linear1", "topdown_linear2")
 

@@ -20,7 +20,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from .core.layers import FeatureSelection, feedback_paths
+from .core.feature_selection import FeatureSelection
+from .core.layers import feedback_paths
 from .core.run import Current
 from .initialization import Statistics, collect
 

@@ -16,8 +16,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from .core.dropout import in_evaluation_mode
-from .core.layers import FeedbackPath, feedback_paths, weight_of
+from .core.layers import FeedbackPath, feedback_paths
 from .core.stored_pass import STORED_INPUT
+from .core.topdown_layer import weight_of
 from .first_pass import FirstPassIsOver
 from .initialization import device_of_inputs, own_attention_mask
 

@@ -39,13 +39,14 @@ from .cache import (
 from .checkpoint import CheckpointWithFeedback, unwrap_checkpoint, wrap_checkpoint
 from .dropout import has_dropout, pass_without_dropout
 from .joint_pass import JointPass
-from .layers import FeedbackPath, hidden_states_of, weight_of
+from .layers import FeedbackPath, hidden_states_of
 from .module_tree import is_trained
 from .open_rows import has_rows, may_skip_rows, open_rows, put_rows, rows_of_arguments
 from .recording import RecordingPaused, is_recording
 from .replaced_forward import ReplacedForward
 from .run import SINGLE_PASS, Run
 from .stored_pass import STORED_INPUT, Origin, StoredPass
+from .topdown_layer import weight_of
 from .variational_loss import Reconstruction, padding_to_leave_out
 
 if TYPE_CHECKING:

@@ -25,9 +25,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from .feature_selection import FeatureSelection, Prompt
 from .feedback import select
 from .folded_values import FoldedValues, foldable, value_bias, value_weight
-from .layers import FeatureSelection, FeedbackLayer, FeedbackPath, Prompt, feedback_paths, weight_of
+from .layers import FeedbackLayer, FeedbackPath, feedback_paths
+from .topdown_layer import weight_of
 from .value_projection import ValueHooks
 
 

@@ -109,6 +109,11 @@ class AdapterIdentity:
         return AdapterIdentity()
 
 
+def weight_of(layer: nn.Module) -> nn.Parameter:
+    """The weight of a layer without bias."""
+    return layer.get_parameter("weight")
+
+
 def belongs_to(adapter_name: str, parameter_name: str) -> bool:
     """Whether a parameter of a model is feedback of an adapter, `...topdown_prompt.default.weight` for example."""
     return re.search(rf"\.topdown_\w+\.{re.escape(adapter_name)}\.", parameter_name) is not None
