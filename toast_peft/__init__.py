@@ -9,6 +9,7 @@ from .config import OFFICIAL_STAGES, TopDownConfig
 from .drafting import draft_with_first_pass
 from .explanation.explain import explain
 from .explanation.explanation import Explanation
+from .gate_fitting import fit_gate
 from .initialization import initialize_feedback
 from .model import TopDownModel
 from .official import from_official_checkpoint
@@ -27,6 +28,7 @@ __all__ = [
     "draft_with_first_pass",
     "explain",
     "feedback_statistics",
+    "fit_gate",
     "from_official_checkpoint",
     "initialize_feedback",
     "prompt_from",

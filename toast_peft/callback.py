@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .collecting import device_of_inputs
 from .core.layers import FeedbackPath
 from .core.variational_loss import last_variational_loss
 from .explanation.explain import explain
-from .initialization import device_of_inputs
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -37,14 +37,17 @@ def feedback_statistics(model: nn.Module) -> dict[str, float]:
 
     Returns:
         `open_tokens`, the share of the tokens whose mask is above 0, and `mean_mask`, both from 0 to 1 and over all
-        tokens of the batch but padding (`attention_mask` 0). Of an encoder-decoder `encoder_open_tokens`,
-        `decoder_open_tokens` and so on. Empty before the first forward.
+        tokens of the batch but padding (`attention_mask` 0); with a gate `mean_gate` as well. Of an encoder-decoder
+        `encoder_open_tokens`, `decoder_open_tokens` and so on. Empty before the first forward.
     """
     named = {name: module for name, module in model.named_modules() if isinstance(module, FeedbackPath)}
     statistics: dict[str, float] = {}
     for name, path in named.items():
         prefix = "" if len(named) == 1 else f"{name.split('.')[-2]}_"
-        values = mask_statistics(path.state.current.mask, path.state.current.attention_mask)
+        current = path.state.current
+        values = mask_statistics(current.mask, current.attention_mask)
+        if current.gate is not None:
+            values["mean_gate"] = mask_statistics(current.gate, current.attention_mask)["mean_mask"]
         statistics |= {prefix + key: value for key, value in values.items()}
     return statistics
 
@@ -67,6 +70,13 @@ def mask_statistics(mask: torch.Tensor | None, attention_mask: Any) -> dict[str,
     sums = torch.stack([((mask > 0) * counted).sum(), (mask * counted).sum()])
     open_tokens, mean_mask = (sums / counted.sum()).tolist()
     return {"open_tokens": open_tokens, "mean_mask": mean_mask}
+
+
+def closed_by_prompt(statistics: Mapping[str, float]) -> list[str]:
+    """The names of those that say that a prompt selects nothing; under a closed gate that is no fault of it."""
+    ending = "open_tokens"
+    closed = [name for name, value in statistics.items() if name.endswith(ending) and value == 0]
+    return [name for name in closed if statistics.get(name.removesuffix(ending) + "mean_gate") != 0]
 
 
 class FeedbackCallback(TrainerCallback):
@@ -137,7 +147,7 @@ class FeedbackCallback(TrainerCallback):
         if "loss" not in logs:  # of an evaluation, or what is logged here
             return
         statistics = feedback_statistics(model)
-        closed = [name for name, value in statistics.items() if name.endswith("open_tokens") and value == 0]
+        closed = closed_by_prompt(statistics)
         if closed and not self.has_warned:
             self.has_warned = True
             warnings.warn(_TURNED_AWAY.format(step=state.global_step, names=" and ".join(closed)), stacklevel=2)

@@ -35,6 +35,7 @@ _NOT_DESCRIBED = (
 _TAG_OF_BASE_MODEL = "base_model:adapter:"
 # What a config says that is not a choice of the user.
 _FACTS = {field.name for field in fields(PeftConfig)} - {"task_type"} | {"backbone_type", "num_blocks", "hidden_size"}
+_FACTS |= {"gate_is_causal", "gate_report"}
 _SECTION = """{begin}
 
 ## About this adapter
@@ -232,8 +233,11 @@ def _adapter_line(model: PeftModel, adapter_name: str) -> str:
     trained = sum(_size(p) for name, p in parameters.items() if not any(name.startswith(part) for part in fixed))
     megabytes = sum(_size(p) * p.element_size() for p in parameters.values()) / 1e6
     size = f"{megabytes:.1f} MB" if megabytes >= 1 else f"{1e3 * megabytes:.1f} kB"
-    options = options_of(cast(TopDownConfig, model.peft_config[adapter_name]))
-    return f"- `{adapter_name}`: `TopDownConfig({options})`, {trained:,} trained parameters, {size} of weights"
+    config = cast(TopDownConfig, model.peft_config[adapter_name])
+    line = (
+        f"- `{adapter_name}`: `TopDownConfig({options_of(config)})`, {trained:,} trained parameters, {size} of weights"
+    )
+    return line if config.gate is None else f"{line}; {described_gate(config)}"
 
 
 def _saved_parameters(base: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
@@ -258,6 +262,13 @@ def options_of(config: TopDownConfig) -> str:
     changed = {field.name: getattr(config, field.name) for field in fields(config) if field.name not in _FACTS}
     changed = {name: value for name, value in changed.items() if value != getattr(defaults, name)}
     return ", ".join(f"{name}={_plain(value)!r}" for name, value in changed.items())
+
+
+def described_gate(config: TopDownConfig) -> str:
+    """What a gate is, and how well it separates."""
+    if config.gate_report is None:
+        return f"its {config.gate} gate is not fitted, and so open everywhere"
+    return f"its {config.gate} gate: " + ", ".join(f"{name} {value:.3f}" for name, value in config.gate_report.items())
 
 
 def _plain(value: Any) -> Any:

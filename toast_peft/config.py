@@ -86,6 +86,10 @@ class TopDownConfig(PeftConfig):
             prompt selects some token. The others get the output of pass 1, and if there is no such row the forward
             costs what one of the base model does. With a key-value cache pass 2 is left out for the whole batch, until
             some token of it is selected. Not in a compiled model.
+        gate: whether the adapter is closed for inputs that it is not for, so that these get the output of the base
+            model, bit for bit. "sequence" looks at a row up to each token (at the whole row in a model whose tokens
+            see those after them, and for images), "token" at each token alone. It is open everywhere until
+            `toast_peft.fit_gate` is called. Default: None, no gate.
         variational_weight: how much the variational loss counts in training: the mean squared difference between the
             input of a block and `linear1` of its output, summed over the blocks. It is added to `outputs.loss`; where
             the loss is computed outside of the model, add `model.variational_loss()` to it. For pre-tuning; the
@@ -102,6 +106,8 @@ class TopDownConfig(PeftConfig):
         base_feedback, base_feedback_revision, base_feedback_subfolder, base_feedback_sha256: the full adapter that the
             fixed matrices are from, and their hash. Filled in by `share_pretrained_feedback`. In the file of an
             adapter from the Hub, `base_feedback` can only be a Hub id; of one in a local folder, any path as well.
+        gate_is_causal, gate_report: for each list of blocks, whether its tokens see only those before them; and how
+            well the gate separates. Filled in by `fit_gate`; leave them alone.
         backbone_type, num_blocks, hidden_size: the model the adapter was made for. Filled in when it is made and
             compared when it is loaded; leave them alone.
 
@@ -185,6 +191,20 @@ class TopDownConfig(PeftConfig):
         default=False,
         metadata={"help": "In inference run the second pass only for rows of which some token is selected."},
     )
+    gate: Literal["sequence", "token"] | None = field(
+        default=None,
+        metadata={
+            "help": "Leave inputs alone that the adapter is not for: 'sequence' looks at a row up to each token, "
+            "'token' at each token alone. Fitted by `toast_peft.fit_gate`. Default: no gate."
+        },
+    )
+    gate_is_causal: dict[str, bool] | None = field(
+        default=None,
+        metadata={"help": "For each list of blocks, whether tokens see only those before them. Filled in."},
+    )
+    gate_report: dict[str, float] | None = field(
+        default=None, metadata={"help": "How well the gate separates. Filled in."}
+    )
     variational_weight: float = field(
         default=0.0,
         metadata={
@@ -254,6 +274,11 @@ class TopDownConfig(PeftConfig):
             raise ValueError(
                 "`skip_closed_rows=True` cannot be used with `double_value_bias=True`, by which pass 2 differs from "
                 "pass 1 also where the feedback is zero; set one of them to False."
+            )
+        if self.gate is not None and self.double_value_bias:
+            raise ValueError(
+                f"`gate={self.gate!r}` cannot be used with `double_value_bias=True`, by which pass 2 differs from "
+                "pass 1 also where the gate is closed; set `gate=None` or `double_value_bias=False`."
             )
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError(

@@ -252,6 +252,7 @@ def _check_model(
         "is an encoder-decoder": model.config.is_encoder_decoder,
         "does not take `position_ids`": "position_ids" not in parameters,
         f"has a cache of {', '.join(sorted(kind.__name__ for kind in other))}": other,
+        "has a sequence gate": config.gate == "sequence",
         "adds biases twice in pass 2 (`double_value_bias`)": config.double_value_bias,
     }
     for reason, applies in reasons.items():

@@ -11,8 +11,7 @@ Notation used for tensor shapes:
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -22,12 +21,12 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.utils import logging
 
+from .collecting import collect
 from .config import TopDownConfig
-from .core.dropout import in_evaluation_mode
 from .core.fused_feedback import refuse_fused
 from .core.layers import FeedbackPath, feedback_paths, hidden_states_of
-from .core.stored_pass import STORED_INPUT
 from .core.topdown_layer import weight_of
+from .gate_fitting import Batches, Reference, fit_gate
 
 # Root mean square of the entries of a prompt that starts at features. It sets how far a step turns the prompt: Adam
 # moves each entry by up to the learning rate. After 50 steps with 1e-2, a LLaMA of 3 M parameters had 0 % of its
@@ -154,9 +153,10 @@ class Statistics:
 @torch.no_grad()
 def initialize_feedback(
     model: PeftModel | nn.Module,
-    dataloader: Iterable[dict[str, Any]],
+    dataloader: Batches,
     adapter_name: str = "default",
     ridge: float = 1e-3,
+    reference: Reference | None = None,
 ) -> None:
     """Initialise the feedback of an adapter from some batches of data, as PEFT's EVA does for LoRA.
 
@@ -175,6 +175,8 @@ def initialize_feedback(
         dataloader: gives inputs of the model as dicts; tokens with `attention_mask` 0 are left out.
         adapter_name: the adapter.
         ridge: how much each `linear1` is held at the identity, relative to the mean square of the block's output.
+        reference: what the adapter is to leave alone: its gate is then fitted as well, by `fit_gate` with the data of
+            `dataloader` as the target. Default: no gate is fitted.
 
     Raises:
         ValueError: if the model has no such active adapter or its feedback is fused, if the dataloader gives no dicts
@@ -192,6 +194,10 @@ def initialize_feedback(
         active = sorted({str(path.active_adapter) for _, path in backbones}) or "none"
         raise ValueError(f"`adapter_name` is {adapter_name!r}; expected the active TOAST adapter, which is {active}.")
     refuse_fused(model, "initialise it")
+    if reference is not None:
+        if iter(dataloader) is dataloader:
+            raise ValueError("`dataloader` can be read once, and with a `reference` is read twice; expected a list.")
+        fit_gate(model, dataloader, reference, adapter_name)
     statistics = [Statistics(backbone, path, adapter_name) for backbone, path in backbones]
     collect(model, logging.tqdm(dataloader, desc="Looking at the data"), statistics)
     for collected in statistics:
@@ -199,26 +205,6 @@ def initialize_feedback(
     weights = [pair for collected in statistics for pair in collected.new_weights(ridge)]
     for parameter, values in weights:
         parameter.copy_(values)
-
-
-def collect(model: nn.Module, dataloader: Iterable[dict[str, Any]], statistics: list[Statistics]) -> None:
-    """Run the model over the batches in evaluation mode, while the hooks are set."""
-    device = device_of_inputs(model)
-    with ExitStack() as stack:
-        stack.enter_context(in_evaluation_mode(model.modules()))
-        for hook in (hook for collected in statistics for hook in collected.hooks()):
-            stack.enter_context(hook)
-        for batch in dataloader:
-            if not isinstance(batch, Mapping):
-                raise ValueError(f"The dataloader gave a {type(batch).__name__}; expected dicts of model inputs.")
-            inputs = {name: x for name, x in batch.items() if name != STORED_INPUT}  # what is collected is of pass 1
-            model(**{name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()})
-
-
-def device_of_inputs(model: nn.Module) -> torch.device:
-    """Where the inputs of a model have to be."""
-    device = next(model.parameters()).device
-    return torch.device("cpu") if device.type == "meta" else device  # offloaded: its hooks move the inputs
 
 
 def own_attention_mask(path: FeedbackPath, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:

@@ -1,5 +1,6 @@
 """`TopDownModel`: TOAST as a PEFT tuner."""
 
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
@@ -145,7 +146,7 @@ class TopDownModel(BaseTuner):
         stack = next(stack for stack in self._stacks if current_key in stack.names)
         path = feedback_path_of(stack.backbone) or stack.add_feedback_path(self.model)
         if adapter_name not in path.selection.topdown_config:
-            path.selection.update_layer(adapter_name, peft_config, stack.hidden_size)
+            path.selection.update_layer(adapter_name, peft_config, stack.hidden_size, stack.blocks_name)
         index = stack.names[current_key]
         path.add_block(index, target, peft_config).update_layer(adapter_name, peft_config)
         path.passes.steer(index, target)
@@ -290,6 +291,12 @@ class TopDownModel(BaseTuner):
         cls, model: nn.Module, config: TopDownConfig, adapter_name: str, *args: Any, **kwargs: Any
     ) -> dict[str, torch.Tensor]:
         weights = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+        if config.gate is not None and config.gate_report is None:
+            warnings.warn(
+                f"The gate of the TOAST adapter {adapter_name!r} was never fitted and is open for all inputs; call "
+                "`toast_peft.fit_gate(model, target, reference)`, or leave out `gate`.",
+                stacklevel=2,
+            )
         return {name: tensor for name, tensor in weights.items() if not is_in_base_feedback(config, name)}
 
     @classmethod

@@ -10,6 +10,7 @@ from torch import nn
 
 from .base_feedback import copy_weights, is_fixed_matrix, name_in_file, read_base_feedback, read_weights, sha256_of
 from .config import TopDownConfig
+from .core.feature_selection import FeatureSelection
 from .core.layers import FeedbackLayer
 from .core.topdown_layer import TopDownLayer, weight_of
 
@@ -77,8 +78,8 @@ def _read_config(config: TopDownConfig) -> TopDownConfig:
 
 
 def _parts(layer: TopDownLayer, adapter_name: str) -> dict[str, nn.Module]:
-    """What an adapter has in a layer, by the names of the containers."""
-    containers = {name: getattr(layer, name) for name in layer.adapter_layer_names}
+    """What an adapter has in a layer, by the names of the containers; a gate is for the data it was fitted to."""
+    containers = {name: getattr(layer, name) for name in layer.adapter_layer_names if name != "topdown_gate"}
     return {name: container[adapter_name] for name, container in containers.items() if adapter_name in container}
 
 
@@ -147,6 +148,8 @@ def _prepare(layer: TopDownLayer, adapter_name: str, keeps_identity: bool) -> No
             part.to_empty(device="cpu")
         if isinstance(layer, FeedbackLayer):
             layer.reset_parameters(adapter_name, init_weights=True)
+        elif isinstance(layer, FeatureSelection):
+            layer.add_gate(adapter_name, layer.topdown_config[adapter_name].gate)
         layer._move_adapter_to_device_of_base_layer(adapter_name)
     if isinstance(layer, FeedbackLayer) and keeps_identity:
         for linear in _LINEARS:

@@ -20,10 +20,11 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from .collecting import collect
 from .core.feature_selection import FeatureSelection
 from .core.layers import feedback_paths
 from .core.run import Current
-from .initialization import Statistics, collect
+from .initialization import Statistics
 
 _NUM_TOKENS = 64
 _IMAGE_SIZE = 224  # for models that take images of any size

@@ -15,12 +15,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .collecting import device_of_inputs
 from .core.dropout import in_evaluation_mode
 from .core.layers import FeedbackPath, feedback_paths
 from .core.stored_pass import STORED_INPUT
 from .core.topdown_layer import weight_of
 from .first_pass import FirstPassIsOver
-from .initialization import device_of_inputs, own_attention_mask
+from .initialization import own_attention_mask
 
 Tokens = torch.Tensor | Sequence[int] | Sequence[Sequence[int]]
 Boxes = torch.Tensor | Sequence[float] | Sequence[Sequence[float]]

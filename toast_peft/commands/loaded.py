@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.image_utils import load_image
 
-from ..callback import feedback_statistics
+from ..callback import closed_by_prompt, feedback_statistics
 from ..config import TopDownConfig
 from ..core.layers import FeedbackPath, feedback_paths
 from ..prompt_start import random_inputs
@@ -135,9 +135,11 @@ def report_on(loaded: Loaded, inputs: dict[str, Any]) -> tuple[list[str], list[s
     lines.append(f"the feedback changes the output by {100 * change:.2f} per cent")
     if not output.isfinite().all():
         problems.append("the output is not finite.")
-    closed = [name for name, value in statistics.items() if name.endswith("open_tokens") and value == 0]
+    closed = closed_by_prompt(statistics)
     if closed:
         problems.append(f"the prompt selects nothing in these inputs ({closed[0]} is 0), so there is no feedback.")
+    elif any(name.endswith("mean_gate") and value == 0 for name, value in statistics.items()):
+        lines.append("the gate is closed for these inputs, which get the output of the base model")
     elif change == 0:
         problems.append("the feedback changes nothing, as before training.")
     return lines, problems

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftType
 
-from ..card import options_of
+from ..card import described_gate, options_of
 from ..config import TopDownConfig
 
-_PARTS = ("prompt", "transform", "linear1", "linear2")
+_PARTS = ("prompt", "transform", "linear1", "linear2", "gate")
 _OTHER = "modules saved as a whole"
 
 
@@ -121,4 +121,5 @@ def _notes(config: TopDownConfig, weights: dict[str, torch.Tensor]) -> list[str]
     """Whether there is feedback at all: the last matrix of each block decides, in TOAST-Lite with its factor B."""
     last = [w for name, w in weights.items() if _part_of(name) == "linear2" and "topdown_linear2_A" not in name]
     is_zero = config.base_feedback is None and not any(bool(tensor.any()) for tensor in last)
-    return ["its feedback is zero, as before training: the model is the base model."] if last and is_zero else []
+    notes = ["its feedback is zero, as before training: the model is the base model."] if last and is_zero else []
+    return [*notes, *([] if config.gate is None else [described_gate(config)])]

@@ -6,6 +6,8 @@ those above do not run in pass 1.) Everything that generation does to a cache - 
 runs over its layers and so serves both passes. Where no row has had feedback yet they may share all layers, and the
 cache is that of the base model (`shared_layers.py`).
 
+A sequence gate keeps its running sum in one layer more, behind these (`running_sum.py`).
+
 In a decoder with cross-attention this is so for the cache of its self-attention. The keys and values of the encoder's
 states are the same in both passes and kept once.
 """
@@ -23,6 +25,7 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.utils import ModelOutput
 
+from .running_sum import RunningSum, new_layer
 from .shared_layers import Layer, recall_of
 
 _ATTRIBUTE = "topdown_passes"
@@ -85,11 +88,13 @@ class Passes:
         owner: the adapter that the cache is for.
         num_layers: number of layers that the cache has for one pass; the further ones are those of pass 1.
         first_pass: what pass 1 sees of the cache, `None` as long as both passes share its layers.
+        sums: the layer with the running sum of a sequence gate, `None` without one; it is the cache's last layer.
     """
 
     owner: CacheOwner
     num_layers: int
     first_pass: Cache | None = None
+    sums: Layer | None = None
 
 
 def refuse_two_pass_cache(kwargs: dict[str, Any]) -> None:
@@ -136,13 +141,16 @@ class TwoPassCache:
         owner: the active adapter.
         has_cross_attention: whether the blocks attend to an encoder's states as well.
         may_share: whether the passes go on sharing the layers of a cache that has had no feedback.
+        keeps_sum: whether a sequence gate keeps its running sum in the cache.
 
     Attributes:
         in_first_pass: the argument with the `Cache` that pass 1 reads and writes.
         in_second_pass: the argument with the `Cache` that pass 2 reads and writes.
+        running_sum: that of a sequence gate, `None` without one.
 
     Raises:
-        ValueError: if the cache was filled without feedback or with that of another adapter.
+        ValueError: if the cache was filled without feedback or with that of another adapter, or before the adapter got
+            its gate.
     """
 
     def __init__(
@@ -154,6 +162,7 @@ class TwoPassCache:
         owner: CacheOwner,
         has_cross_attention: bool = False,
         may_share: bool = False,
+        keeps_sum: bool = False,
     ) -> None:
         self.name = name
         self.cache = _new_cache(model_config, has_cross_attention) if cache is None else cache
@@ -162,9 +171,11 @@ class TwoPassCache:
         if passes is None or passes.owner != owner or (may_share and _is_empty(own)):
             passes = _first_use(own, num_blocks, owner)
         self.passes: Passes = passes
+        self.running_sum = RunningSum(_layer_of_sums(own, passes)) if keeps_sum else None
         if passes.first_pass is None:
-            self.recall = recall_of(own.layers)
-            self._show_second_pass(own.layers)
+            layers = own.layers[: passes.num_layers]
+            self.recall = recall_of(layers)
+            self._show_second_pass(layers)
             self.in_first_pass = self.in_second_pass
             if not may_share:
                 self.part()
@@ -179,9 +190,10 @@ class TwoPassCache:
 
     def part(self) -> None:
         """Give pass 2 layers of its own: as they were before this forward, in which pass 1 may have extended them."""
-        owner, layers, before = self.passes.owner, self.own.layers, self.recall()
+        owner, num_layers, before = self.passes.owner, self.passes.num_layers, self.recall()
+        layers, of_sums = self.own.layers[:num_layers], self.own.layers[num_layers:]
         of_loop = layers[owner.feedback_to : owner.feedback_from]
-        self.own.layers = layers[: owner.feedback_to] + before[owner.feedback_to :] + of_loop
+        self.own.layers = layers[: owner.feedback_to] + before[owner.feedback_to :] + of_loop + of_sums
         self.passes.first_pass = _view(self.own, layers[: owner.feedback_to] + of_loop)
         self.in_first_pass = {self.name: self._with_cross_attention(self.passes.first_pass)}
         self._show_second_pass(before)
@@ -253,6 +265,19 @@ def _first_use(cache: Cache, num_blocks: int, owner: CacheOwner) -> Passes:
     # On the instance, so that a model which does not run twice calls it.
     cache.update = update_of_one_pass  # type: ignore[method-assign, assignment]
     return getattr(cache, _ATTRIBUTE)
+
+
+def _layer_of_sums(cache: Cache, passes: Passes) -> Layer:
+    """The layer of a cache for the running sum of a sequence gate, made if the cache is empty."""
+    if passes.sums is None:
+        if not _is_empty(cache):
+            raise ValueError(
+                f"This cache was filled before the TOAST adapter {passes.owner.adapter_name!r} got its gate, which "
+                "has to know all tokens. Start with a new cache."
+            )
+        passes.sums = new_layer(cache.layers)
+        cache.layers.append(passes.sums)
+    return passes.sums
 
 
 def _by_whom(passes: Passes | None, owner: CacheOwner) -> str:

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..config import TopDownConfig
 from .feedback import select, token_mask
+from .gate import Gate, Tokens
 from .prompt_input import GivenPrompt
 from .run import ThreadState
 from .topdown_layer import AdapterIdentity, TopDownLayer, weight_of
@@ -74,10 +75,13 @@ class FeatureSelection(TopDownLayer):
     """Keeps what matters for the task in the features of pass 1 (the paper's "feature selection").
 
     Formula: `m = clamp(cos(x, prompt), 0, 1)`, `z = (m * x) @ transform`. With `transform_r > 0` the transform is
-    `1 + B A`, of which only `A` and `B` are stored.
+    `1 + B A`, of which only `A` and `B` are stored. A gate multiplies the mask `m` (`gate.py`).
     """
 
-    adapter_layer_names = ("topdown_prompt", "topdown_transform", "topdown_transform_A", "topdown_transform_B")
+    adapter_layer_names = (
+        *("topdown_prompt", "topdown_transform", "topdown_transform_A", "topdown_transform_B"),
+        "topdown_gate",
+    )
     other_param_names = ("topdown_config", "topdown_identity")
     parts: ClassVar = {
         "prompt": "prompt",
@@ -90,12 +94,20 @@ class FeatureSelection(TopDownLayer):
         self.topdown_transform = nn.ModuleDict()
         self.topdown_transform_A = nn.ModuleDict()
         self.topdown_transform_B = nn.ModuleDict()
+        self.topdown_gate = nn.ModuleDict()
         self.topdown_config: dict[str, TopDownConfig] = {}
         self.topdown_identity: dict[str, AdapterIdentity] = {}
         self.state = ThreadState()
 
-    def update_layer(self, adapter_name: str, config: TopDownConfig, hidden_size: int) -> None:
-        """Create the prompt and the transform of an adapter, for features of `hidden_size` channels."""
+    def update_layer(self, adapter_name: str, config: TopDownConfig, hidden_size: int, blocks_name: str) -> None:
+        """Create the prompt and the transform of an adapter, and its gate.
+
+        Args:
+            adapter_name: its name.
+            config: its config.
+            hidden_size: number of channels of the features.
+            blocks_name: the full name in the model of the list of blocks.
+        """
         self.topdown_config[adapter_name] = config
         self.topdown_identity[adapter_name] = AdapterIdentity()
         self.topdown_prompt[adapter_name] = Prompt(hidden_size, std=0.02 if config.init_weights else 1.0)
@@ -105,7 +117,17 @@ class FeatureSelection(TopDownLayer):
             self.topdown_transform_A[adapter_name] = nn.Linear(hidden_size, config.transform_r, bias=False)
             self.topdown_transform_B[adapter_name] = nn.Linear(config.transform_r, hidden_size, bias=False)
             nn.init.zeros_(weight_of(self.topdown_transform_B[adapter_name]))
-        self._finish_update(adapter_name, config)
+        self.add_gate(adapter_name, config.gate, (config.gate_is_causal or {}).get(blocks_name, False))
+        self._finish_update(adapter_name, config, frozen=("topdown_gate",))
+
+    def add_gate(self, adapter_name: str, gate: str | None, is_causal: bool = False) -> None:
+        """Put a new gate, which is open, on an adapter; none if `gate` is `None`."""
+        if adapter_name in self.topdown_gate:
+            del self.topdown_gate[adapter_name]
+        if gate is not None:
+            prompt = weight_of(self.topdown_prompt[adapter_name])
+            new = Gate(len(prompt), is_running=gate == "sequence", is_causal=is_causal)
+            self.topdown_gate[adapter_name] = new.to(device=prompt.device, dtype=prompt.dtype)
 
     def forward(self, features: torch.Tensor, mask: torch.Tensor, adapter_name: str) -> torch.Tensor:
         """Select tokens, then channels.
@@ -121,13 +143,18 @@ class FeatureSelection(TopDownLayer):
         return select(features, mask, lambda x: self._transform(x, adapter_name))
 
     def weigh(
-        self, features: torch.Tensor, adapter_name: str, compared: torch.Tensor | None = None
+        self,
+        features: torch.Tensor,
+        adapter_name: str,
+        compared: torch.Tensor | None = None,
+        tokens: Tokens | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute the mask of the tokens, and keep it for whoever wants to look at it.
+        """Compute the mask of the tokens, under the gate if there is one, and keep it for whoever wants to look at it.
 
         Args:
             features: features of pass 1. Shape: [b, n, d]
             compared: what the prompt is compared with, if not the features themselves. Shape: [b, n, d]
+            tokens: what the gate has to know of the tokens besides.
 
         Returns:
             The features in the dtype of the adapter, and the mask. Shapes: [b, n, d], [b, n, 1]
@@ -136,8 +163,12 @@ class FeatureSelection(TopDownLayer):
         features = self._cast_input_dtype(features, dtype)
         compared = features if compared is None else self._cast_input_dtype(compared, dtype)
         mask = self.topdown_prompt[adapter_name](compared, self.state.current.prompt)
+        gate = None
+        if adapter_name in self.topdown_gate:
+            gate = self.topdown_gate[adapter_name](compared, tokens or Tokens())
+            mask = gate * mask
         if not torch.compiler.is_exporting():  # traced with tensors that hold no numbers
-            self.state.current.mask = mask.detach()
+            self.state.current.mask, self.state.current.gate = mask.detach(), gate
         return features, mask
 
     def _transform(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:

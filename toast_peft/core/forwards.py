@@ -38,6 +38,7 @@ from .cache import (
 )
 from .checkpoint import CheckpointWithFeedback, unwrap_checkpoint, wrap_checkpoint
 from .dropout import has_dropout, pass_without_dropout
+from .gate import Tokens, own_tokens, tokens_of
 from .joint_pass import JointPass
 from .layers import FeedbackPath, hidden_states_of
 from .module_tree import is_trained
@@ -45,6 +46,7 @@ from .open_rows import has_rows, may_skip_rows, open_rows, put_rows, rows_of_arg
 from .recording import RecordingPaused, is_recording
 from .replaced_forward import ReplacedForward
 from .run import SINGLE_PASS, Run
+from .running_sum import RunningSum
 from .stored_pass import STORED_INPUT, Origin, StoredPass
 from .topdown_layer import weight_of
 from .variational_loss import Reconstruction, padding_to_leave_out
@@ -231,7 +233,9 @@ class BackboneForward(ReplacedForward):
         """While the cache has had no feedback, pass 1 is the forward of the base model, and pass 2 waits for some."""
         run.complete = skips = cache.is_shared
         output = self._first_pass(run, {**kwargs, **cache.in_first_pass})
-        self._begin_second_pass(adapter_name, run, kwargs, *self._features(run, config), skip_closed=skips)
+        self._begin_second_pass(
+            adapter_name, run, kwargs, *self._features(run, config), skip_closed=skips, running_sum=cache.running_sum
+        )
         if skips:
             if not run.feedback:
                 return cache.restore(output)
@@ -246,13 +250,31 @@ class BackboneForward(ReplacedForward):
         features: torch.Tensor,
         compared: torch.Tensor | None = None,
         skip_closed: bool = False,
+        running_sum: RunningSum | None = None,
     ) -> None:
         """Compute the feedback. Arguments as those of the path."""
-        run.feedback = self.path(features, adapter_name, compared, run.input_sizes, skip_closed=skip_closed)
+        tokens = self._tokens(adapter_name, kwargs, features, running_sum)
+        run.feedback = self.path(
+            features, adapter_name, compared, run.input_sizes, skip_closed=skip_closed, tokens=tokens
+        )
         if not torch.compiler.is_exporting():
             self.state.current.attention_mask = kwargs.get("attention_mask")
         run.first_pass = False
         self.state.current.run = run
+
+    def _tokens(
+        self, adapter_name: str, kwargs: dict[str, Any], features: torch.Tensor, running_sum: RunningSum | None
+    ) -> Tokens | None:
+        """What a gate has to know of the tokens besides their features. Shape: [b, n, d]"""
+        gate = self.path.selection.topdown_config[adapter_name].gate
+        if gate is None:
+            return None
+        num_tokens = features.flatten(1, -2).shape[1]
+        if gate == "sequence":
+            return tokens_of(kwargs, num_tokens, running_sum)
+        mask = kwargs.get("attention_mask")
+        is_of_these = isinstance(mask, torch.Tensor) and mask.shape == (len(features), num_tokens)
+        return Tokens(own_tokens(mask, num_tokens)) if is_of_these else Tokens()
 
     def _run_jointly(self, joint: JointPass, adapter_name: str, kwargs: dict[str, Any]) -> Any:
         """Both passes in one: some rows without feedback, the others with that of other features."""
@@ -324,7 +346,16 @@ class BackboneForward(ReplacedForward):
         owner = CacheOwner(adapter_name, identity, run.feedback_from, run.feedback_to)
         has_cross_attention = kwargs.get("encoder_hidden_states") is not None
         may_share = may_skip_rows(config) and self._may_share(adapter_name, cache)
-        return TwoPassCache(cache, name, self.module.config, len(self.blocks), owner, has_cross_attention, may_share)
+        return TwoPassCache(
+            cache,
+            name,
+            self.module.config,
+            len(self.blocks),
+            owner,
+            has_cross_attention,
+            may_share,
+            keeps_sum=config.gate == "sequence",
+        )
 
     def _may_share(self, adapter_name: str, cache: Cache | None) -> bool:
         """Whether pass 1 may be the forward of the base model with this cache."""

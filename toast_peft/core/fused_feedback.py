@@ -186,7 +186,9 @@ class Weights:
 def _modules_of(path: FeedbackPath, adapter_name: str) -> list[nn.Module]:
     """The modules that have the weights of an adapter."""
     layers = [path.selection, *(layer for _, layer in path.layers_of(adapter_name))]
-    containers = [getattr(layer, name) for layer in layers for name in layer.adapter_layer_names]
+    # A gate is a factor of the mask, which is computed as ever.
+    names = [(layer, name) for layer in layers for name in layer.adapter_layer_names if name != "topdown_gate"]
+    containers = [getattr(layer, name) for layer, name in names]
     return [container[adapter_name] for container in containers if adapter_name in container]
 
 

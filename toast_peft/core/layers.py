@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from ..config import TopDownConfig
 from .feature_selection import FeatureSelection
 from .feedback import low_rank, step_down
+from .gate import Tokens
 from .module_tree import to_device_of
 from .run import ThreadState
 from .topdown_layer import TopDownLayer, weight_of
@@ -267,6 +268,7 @@ class FeedbackPath(nn.Module):
         compared: torch.Tensor | None = None,
         sizes: Mapping[int, tuple[int, ...]] | None = None,
         skip_closed: bool = False,
+        tokens: Tokens | None = None,
     ) -> dict[int, torch.Tensor]:
         """The feedback of every block.
 
@@ -276,6 +278,7 @@ class FeedbackPath(nn.Module):
             compared: what the prompt is compared with, `None` for the features themselves. Shape: as the features
             sizes: for each block the height and width of its input, where it is a map.
             skip_closed: compute none if no token is selected.
+            tokens: what a gate has to know of the tokens besides their features.
 
         Returns:
             For each block index what is added to the input of its value projection; of fused feedback perhaps to its
@@ -283,7 +286,7 @@ class FeedbackPath(nn.Module):
         """
         features = to_device_of(self.selection, features)
         compared = None if compared is None else to_device_of(self.selection, compared)
-        features, mask = self.selection.weigh(features, adapter_name, compared)
+        features, mask = self.selection.weigh(features, adapter_name, compared, tokens)
         if skip_closed and self.state.current.all_closed():
             return {}
         if self.fused is not None:

@@ -90,6 +90,7 @@ class Current:
         run: the state of the running forward, `None` outside of one.
         variational_loss: that of the last forward in training, until it is added to a loss.
         mask: of the last forward with feedback, how much of each token was selected. Shape: [b, n, 1], or [b, h, w, 1]
+        gate: of that forward, how far the gate was open, a factor of the mask; `None` without one. Shape: as the mask
         attention_mask: what that forward was called with.
         stored: what pass 1 of the next forward has computed already, `None` if it has to run.
         joint: the two passes of the next forward if they run side by side, `None` if one after the other.
@@ -100,6 +101,7 @@ class Current:
         self.run: Run | None = None
         self.variational_loss: torch.Tensor | None = None
         self.mask: torch.Tensor | None = None
+        self.gate: torch.Tensor | None = None
         self.attention_mask: Any = None
         self.stored: StoredPass | None = None
         self.joint: JointPass | None = None

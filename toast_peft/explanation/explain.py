@@ -68,6 +68,7 @@ def explain(
         first=passes[0],
         second=passes[1],
         mask=second.mask,
+        gate=second.gate,
         feedback_norm=second.feedback_norm,
         features=second.features,
         **_tokens(_side(model, name), second.mask, inputs, processor_or_tokenizer),
@@ -82,11 +83,13 @@ class _Forward:
 
     Attributes:
         mask: Shape: [b, n], or of a map [b, h, w]
+        gate: `None` without one. Shape: as the mask
         features: Shape: [b, n, d], or of a map [b, h, w, d]
         feedback_norm: for each block the norm of what is added. Shape: as the mask; the map has the block's size
     """
 
     mask: np.ndarray
+    gate: np.ndarray | None
     features: np.ndarray
     feedback_norm: dict[int, np.ndarray]
 
@@ -99,7 +102,7 @@ class _Forward:
         with ExitStack() as hooks:
             hooks.enter_context(self.backbone.register_forward_pre_hook(self._ask, with_kwargs=True))
             hooks.enter_context(self.backbone.register_forward_hook(self._see_output))
-            hooks.enter_context(self.path.register_forward_hook(self._see_feedback))
+            hooks.enter_context(self.path.register_forward_hook(self._see_feedback, with_kwargs=True))
             self.logits = getattr(model(**inputs), "logits", None)
         return self
 
@@ -115,7 +118,7 @@ class _Forward:
         self.attentions = getattr(output, "attentions", None) or ()
 
     def _see_feedback(
-        self, path: FeedbackPath, args: tuple, feedback: dict[int, torch.Tensor]
+        self, path: FeedbackPath, args: tuple, kwargs: dict[str, Any], feedback: dict[int, torch.Tensor]
     ) -> dict[int, torch.Tensor] | None:
         mask = path.state.current.mask
         assert mask is not None
@@ -125,9 +128,11 @@ class _Forward:
                 "vision towers of Qwen-VL; `explain` expects [batch, tokens]. Explain the language model instead."
             )
         self.mask, self.features = to_numpy(mask.squeeze(-1)), to_numpy(args[0])
+        gate = path.state.current.gate
+        self.gate = None if gate is None else to_numpy(gate.squeeze(-1))
         if not self.has_feedback:
             return {}
-        added = feedback if path.fused is None else _not_fused(path, args)
+        added = feedback if path.fused is None else _not_fused(path, args, kwargs)
         channels = 1 if isinstance(path, ConvNetFeedbackPath) else -1
         norms = {index: to_numpy(td.float().norm(dim=channels)) for index, td in sorted(added.items())}
         # With `skip_closed_rows` there is none if nothing is selected.
@@ -142,11 +147,11 @@ class _Forward:
         return Pass(None if self.logits is None else to_numpy(self.logits), attentions)
 
 
-def _not_fused(path: FeedbackPath, args: tuple) -> dict[int, torch.Tensor]:
+def _not_fused(path: FeedbackPath, args: tuple, kwargs: dict[str, Any]) -> dict[int, torch.Tensor]:
     """What is added to the inputs of the value projections, where fused feedback is added to the values."""
     fused, path.fused = path.fused, None
     try:
-        return path.forward(*args)
+        return path.forward(*args, **kwargs)
     finally:
         path.fused = fused
 

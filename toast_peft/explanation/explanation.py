@@ -54,6 +54,8 @@ class Explanation:
         second: pass 2, the output of the adapted model.
         mask: how much of each token is selected, from 0 to 1. Shape: [b, n]; of ConvNets and hierarchical transformers
             [b, h, w]
+        gate: how far the gate of the adapter is open for each token, from 0 to 1; a factor of the mask. `None` if it
+            has none. Shape: as the mask
         feedback_norm: for each block that receives feedback the norm of what is added to the input of its value
             projection, of a ConvNet to the input of the stage. Shape: [b, n], or [b, h, w] with its own size
         features: what the feedback starts from. Shape: [b, n, d], or [b, h, w, d]
@@ -68,6 +70,7 @@ class Explanation:
     first: Pass
     second: Pass
     mask: np.ndarray
+    gate: np.ndarray | None
     feedback_norm: dict[int, np.ndarray]
     features: np.ndarray
     tokens: list[list[str]] | None

@@ -133,12 +133,13 @@ def _draw_row(axes: np.ndarray, explanation: "Explanation", row: int, columns: l
 
 
 def outcome(explanation: "Explanation", row: int) -> str:
-    """The most probable class of both passes, in two lines; empty if there are no classes."""
+    """The most probable class of both passes, if there are classes, and how far the gate is open, in lines."""
+    lines = [] if explanation.gate is None else [f"gate: {explanation.gate[row].mean():.0%} open"]
     predictions = explanation.predictions(row)
-    if not predictions:
-        return ""
-    best = max(predictions, key=lambda p: p.first), max(predictions, key=lambda p: p.second)
-    return f"pass 1: {best[0].label} {best[0].first:.0%}\npass 2: {best[1].label} {best[1].second:.0%}"
+    if predictions:
+        best = max(predictions, key=lambda p: p.first), max(predictions, key=lambda p: p.second)
+        lines += [f"pass 1: {best[0].label} {best[0].first:.0%}", f"pass 2: {best[1].label} {best[1].second:.0%}"]
+    return "\n".join(lines)
 
 
 def _draw_scales(figure: Figure, lines: GridSpec, axes: np.ndarray, columns: list[Column]) -> None:

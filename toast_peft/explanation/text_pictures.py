@@ -84,6 +84,8 @@ def _strips(
     names, indices = shown_tokens(explanation, row)
     mask = explanation.mask[row, indices]
     strips = [Strip("mask", mask, scale_limit(mask, "keep"))]
+    if explanation.gate is not None:
+        strips.insert(0, Strip("gate, a factor of the mask", explanation.gate[row, indices], 1.0))
     if explanation.first.attentions is None or explanation.second.attentions is None:
         return strips
     first, second = (

@@ -1,0 +1,300 @@
+"""`fit_gate`: the closed form, what it reports, and what it refuses. What a gate does is in `test_gate.py`."""
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers as tf
+from peft import PeftModel, inject_adapter_in_model
+from torch.nn import functional as F
+
+import toast_peft
+from toast_peft import TopDownConfig, fit_gate, initialize_feedback
+
+from ..helpers import adapted, assert_state_is, output_of, paths_of, state_of, steered
+from ..zoo import VOCAB_SIZE, ZOO, inputs_of, tiny_model
+
+pytestmark = pytest.mark.filterwarnings("ignore:The gate of the TOAST adapter")
+Batches = list[dict[str, torch.Tensor]]
+
+
+def texts(low: int, high: int, seed: int, rows: int = 8, length: int = 12) -> Batches:
+    """Two batches of random tokens from a part of the vocabulary."""
+    generator = torch.Generator().manual_seed(seed)
+    return [{"input_ids": torch.randint(low, high, (rows, length), generator=generator)} for _ in range(2)]
+
+
+def pictures(mean: float, seed: int) -> Batches:
+    generator = torch.Generator().manual_seed(seed)
+    return [{"pixel_values": mean + 0.5 * torch.randn(6, 3, 8, 8, generator=generator)} for _ in range(2)]
+
+
+TARGET, REFERENCE, OTHER = texts(2, 12, 0), texts(12, 30, 1), texts(30, VOCAB_SIZE, 2)
+
+
+def llama(**options: Any) -> PeftModel:
+    return steered(tiny_model(tf.LlamaForCausalLM), **options)
+
+
+def gate_of(model: PeftModel) -> Any:
+    [path] = paths_of(model)
+    return path.selection.topdown_gate["default"]
+
+
+def y_of(model: PeftModel, batches: Batches, kind: str) -> np.ndarray:
+    """What is compared with the direction, in double precision. Shape: [tokens, d]"""
+    found: list[torch.Tensor] = []
+    [path] = paths_of(model)
+    with path.register_forward_pre_hook(lambda path, args: found.append(args[0])):
+        for batch in batches:
+            output_of(model, batch | {"use_cache": False})
+    x = F.normalize(torch.cat(found).double(), dim=-1)
+    y = F.normalize(x.cumsum(1), dim=-1) if kind == "sequence" else x
+    return y.flatten(0, 1).numpy()
+
+
+# --------------------------------------------------------------------------------------------------- the closed form
+
+
+@pytest.mark.parametrize("quantile", [None, 0.9])
+@pytest.mark.parametrize("kind", ["sequence", "token"])
+def test_one_domain_is_told_by_the_difference_of_the_means(kind: str, quantile: float | None) -> None:
+    model = llama()
+    report = fit_gate(model, TARGET, REFERENCE, gate=kind, quantile=quantile)
+    gate = gate_of(model)
+    target, reference = y_of(model, TARGET, kind), y_of(model, REFERENCE, kind)
+    direction = target.mean(0) - reference.mean(0)
+    direction /= np.linalg.norm(direction)
+    opened, closed = target @ direction, reference @ direction
+    threshold = np.quantile(closed, quantile or 0.99, method="higher")
+    np.testing.assert_allclose(gate.direction.numpy(), direction, atol=1e-5)
+    np.testing.assert_allclose(gate.threshold.numpy(), [threshold], atol=1e-5)
+    np.testing.assert_allclose(gate.width.numpy(), [max(np.median(opened) - threshold, closed.std())], atol=1e-2)
+    assert report["auc"] == pytest.approx((opened[:, None] > closed).mean(), abs=1e-3)
+    assert report["open_target"] == pytest.approx((opened > threshold).mean(), abs=0.02)
+    assert report["open_reference"] == pytest.approx(1 - (quantile or 0.99), abs=0.01)
+
+
+def test_several_domains_are_told_as_their_covariance_says() -> None:
+    model = llama()
+    report = fit_gate(model, TARGET, {"stories": REFERENCE, "news": OTHER})
+    target, stories, news = (y_of(model, batches, "sequence") for batches in (TARGET, REFERENCE, OTHER))
+    reference = np.concatenate([stories, news])
+    covariance = (np.cov(target.T, bias=True) + np.cov(reference.T, bias=True)) / 2
+    covariance += 1e-3 * np.diag(covariance).mean() * np.eye(len(covariance))
+    direction = np.linalg.solve(covariance, target.mean(0) - reference.mean(0))
+    direction /= np.linalg.norm(direction)
+    np.testing.assert_allclose(gate_of(model).direction.numpy(), direction, atol=1e-4)
+    threshold = max(np.quantile(y @ direction, 0.99, method="higher") for y in (stories, news))
+    np.testing.assert_allclose(gate_of(model).threshold.numpy(), [threshold], atol=1e-4)
+    assert set(report) == {"auc", "open_target", "open_stories", "open_news"}
+    assert max(report["open_stories"], report["open_news"]) <= 0.02
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_left_out(side: str) -> None:
+    model = llama()
+    fit_gate(model, TARGET, REFERENCE)
+    expected = gate_of(model)
+    padded = []
+    for batch in TARGET:
+        zeros = torch.zeros(8, 3, dtype=torch.long)
+        ids = batch["input_ids"]
+        pair = (zeros, ids) if side == "left" else (ids, zeros)
+        mask = torch.cat([torch.full_like(part, int(part is ids)) for part in pair], dim=1)
+        padded.append({"input_ids": torch.cat(pair, dim=1), "attention_mask": mask})
+    fit_gate(model, padded, REFERENCE)
+    torch.testing.assert_close(gate_of(model).direction, expected.direction, rtol=0, atol=1e-4)
+    torch.testing.assert_close(gate_of(model).threshold, expected.threshold, rtol=0, atol=1e-4)
+
+
+def test_it_does_not_depend_on_the_adapter() -> None:
+    """So it can be fitted before training or after, also where the gate was open or closed before."""
+    model = llama(gate="sequence")
+    first = fit_gate(model, TARGET, REFERENCE)
+    before = {name: value.clone() for name, value in gate_of(model).state_dict().items()}
+    for name, parameter in model.named_parameters():
+        if "topdown_" in name and "gate" not in name:
+            parameter.data.add_(0.1)
+    assert fit_gate(model, TARGET, REFERENCE) == first
+    assert all(torch.equal(value, before[name]) for name, value in gate_of(model).state_dict().items())
+
+
+def test_data_that_can_be_read_once() -> None:
+    model = llama()
+    expected = fit_gate(model, TARGET, REFERENCE)
+    assert fit_gate(model, iter(TARGET), iter(REFERENCE)) == expected
+
+
+# ----------------------------------------------------------------------------------------------- what it is used for
+
+
+def test_reference_gets_the_output_of_the_base_model() -> None:
+    model = llama()
+    fit_gate(model, TARGET, REFERENCE, quantile=1.0)
+    inputs = REFERENCE[0] | {"use_cache": False}
+    adapted_output = output_of(model, inputs)
+    with model.disable_adapter():
+        assert torch.equal(adapted_output, output_of(model, inputs))
+        plain = output_of(model, TARGET[0] | {"use_cache": False})
+    assert not torch.allclose(output_of(model, TARGET[0] | {"use_cache": False}), plain, atol=1e-4)
+
+
+def test_rows_of_images() -> None:
+    model = steered(tiny_model(tf.ViTForImageClassification))
+    report = fit_gate(model, pictures(1.0, 0), pictures(-1.0, 1))
+    assert report == {"auc": 1.0, "open_target": 1.0, "open_reference": 0.0}
+    output = output_of(model, pictures(-1.0, 1)[0])
+    with model.disable_adapter():
+        assert torch.equal(output, output_of(model, pictures(-1.0, 1)[0]))
+
+
+def test_base_model_writes_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("toast_peft.gate_fitting._GENERATED", (8, 16))
+    model = llama()
+    model.generation_config.update(temperature=0.1, top_k=1, bos_token_id=1)  # not how it writes here
+    rng = torch.get_rng_state()
+    first = fit_gate(model, TARGET, "generate")
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert first["open_reference"] == 0
+    assert fit_gate(model, TARGET, "generate") == first
+    assert model.active_adapters == ["default"]
+
+
+def test_initialize_feedback_fits_it_as_well() -> None:
+    model, other = llama(gate="sequence"), llama(gate="sequence")
+    report = fit_gate(model, TARGET, REFERENCE)
+    initialize_feedback(other, TARGET, reference=REFERENCE)
+    assert other.peft_config["default"].gate_report == report
+    with pytest.raises(ValueError, match="read twice; expected a list"):
+        initialize_feedback(other, iter(TARGET), reference=REFERENCE)
+
+
+def test_saved_with_the_adapter(tmp_path: Any) -> None:
+    model = llama()
+    report = fit_gate(model, TARGET, REFERENCE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_model(tf.LlamaForCausalLM), tmp_path).eval()
+    config = loaded.peft_config["default"]
+    assert (config.gate, config.gate_is_causal, config.gate_report) == ("sequence", {"model.layers": True}, report)
+    for batch in (TARGET[0], REFERENCE[0]):
+        assert torch.equal(output_of(loaded, batch), output_of(model, batch))
+
+
+def test_injected_adapters_and_encoder_decoders_have_gates() -> None:
+    model = inject_adapter_in_model(TopDownConfig(), tiny_model(tf.T5ForConditionalGeneration))
+    sides = [
+        [batch | {"decoder_input_ids": batch["input_ids"]} for batch in batches] for batches in (TARGET, REFERENCE)
+    ]
+    report = fit_gate(model, *sides)
+    assert set(report) == {
+        f"{stack}.block.{name}"
+        for stack in ("encoder", "decoder")
+        for name in ("auc", "open_target", "open_reference")
+    }
+    [encoder, decoder] = [path.selection.topdown_gate["default"] for path in paths_of(model)]
+    assert (encoder.is_causal, decoder.is_causal) == (False, True)
+
+
+# ----------------------------------------------------------------------------------------- who sees what comes later
+
+
+def decoders() -> Iterator[type]:
+    return (cls for cls in ZOO if cls.__name__.endswith(("ForCausalLM", "LMHeadModel")))
+
+
+ENCODERS = [
+    *(tf.BertForSequenceClassification, tf.ViTForImageClassification, tf.ModernBertForSequenceClassification),
+    *(tf.ConvNextForImageClassification, tf.SwinForImageClassification),
+]
+
+
+@pytest.mark.parametrize("model_class", [*decoders(), *ENCODERS])
+def test_who_sees_later_tokens_is_found_by_trying(model_class: type) -> None:
+    model = steered(tiny_model(model_class))
+    inputs = inputs_of(model)
+    other = {name: x.flip(0).flip(1) if name != "attention_mask" else x for name, x in inputs.items()}
+    fit_gate(model, [inputs], [other], quantile=0.5)
+    assert gate_of(model).is_causal == (model_class not in ENCODERS)
+
+
+def test_padding_does_not_hide_who_sees_later_tokens() -> None:
+    model = steered(tiny_model(tf.BertForSequenceClassification))
+    ids = inputs_of(model)["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[:, -3:] = 0
+    fit_gate(model, [{"input_ids": ids, "attention_mask": mask}], REFERENCE)
+    assert not gate_of(model).is_causal
+
+
+# --------------------------------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.filterwarnings("default:The gate of the TOAST adapter")
+def test_a_gate_that_cannot_tell_warns() -> None:
+    model = llama()
+    with pytest.warns(UserWarning, match="does not tell the target well from the reference"):
+        report = fit_gate(model, TARGET, texts(2, 12, 5))
+    assert report["auc"] < 0.9
+
+
+REFUSED = {
+    "the same on both sides": (TARGET, TARGET, {}, "have the same features"),
+    "no batches": ([], REFERENCE, {}, "target has no batches"),
+    "no tokens": (TARGET, [], {}, "reference gave no tokens"),
+    "no dicts": (TARGET, [torch.ones(2, 3)], {}, "expected dicts of model inputs"),
+    "no such word": (TARGET, "web", {}, "`reference` is 'web'; expected batches"),
+    "no such adapter": (TARGET, REFERENCE, {"adapter_name": "law"}, "expected the active TOAST adapter"),
+    "no share": (TARGET, REFERENCE, {"quantile": 1.5}, "`quantile` is 1.5; expected a share"),
+    "no such gate": (TARGET, REFERENCE, {"gate": "rows"}, "`gate` is 'rows'; expected 'sequence' or 'token'"),
+}
+
+
+@pytest.mark.parametrize("has_gate", [False, True])
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_fitted_leaves_the_model_as_it_was(case: str, has_gate: bool) -> None:
+    target, reference, options, message = REFUSED[case]
+    model = llama()
+    if has_gate:
+        fit_gate(model, OTHER, REFERENCE, gate="token")
+    before = state_of(model)
+    config = model.peft_config["default"].to_dict()
+    with pytest.raises(ValueError, match=message):
+        fit_gate(model, target, reference, **options)
+    assert_state_is(model, before)
+    assert model.peft_config["default"].to_dict() == config
+
+
+def test_hidden_states_that_are_no_numbers_are_refused() -> None:
+    model = llama()
+    model.get_input_embeddings().weight.data[5] = float("nan")
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        fit_gate(model, TARGET, REFERENCE)
+    assert len(paths_of(model)[0].selection.topdown_gate) == 0
+
+
+def test_only_models_that_write_can_write_the_reference() -> None:
+    model = steered(tiny_model(tf.ViTForImageClassification))
+    with pytest.raises(ValueError, match="expected a `PeftModel` that generates text"):
+        fit_gate(model, pictures(1.0, 0), "generate")
+    model = llama()
+    model.generation_config.update(bos_token_id=None, eos_token_id=None)
+    with pytest.raises(ValueError, match="needs a token to begin with"):
+        fit_gate(model, TARGET, "generate")
+
+
+def test_bias_that_counts_twice_is_refused() -> None:
+    model = steered(tiny_model(tf.ViTForImageClassification), double_value_bias=True)
+    with pytest.raises(ValueError, match="`double_value_bias=True`"):
+        fit_gate(model, pictures(1.0, 0), pictures(-1.0, 1))
+
+
+def test_it_is_public() -> None:
+    assert toast_peft.fit_gate is fit_gate
+    assert "fit_gate" in toast_peft.__all__
+    assert adapted(tiny_model(tf.LlamaForCausalLM)).peft_config["default"].gate is None

@@ -1,0 +1,203 @@
+"""The gate: whether an input is what the adapter is for, told by pass 1 before anything is changed.
+
+    y_t = normalise(sum of normalise(x_u) over the tokens u <= t of the row)     "sequence"; over all u in a model
+                                                                                 whose tokens see those after them
+    y_t = normalise(x_t)                                                         "token"
+    g_t = clamp((cos(y_t, direction) - threshold) / width, 0, 1)
+
+It multiplies the mask, `(g * m * x) @ transform`, and so all that the adapter does. Where it is zero the feedback is,
+and pass 2 computes what pass 1 has computed. `toast_peft.fit_gate` finds direction, threshold and width in closed
+form; they are not trained, and gradients are those of a constant factor.
+
+Notation used for tensor shapes:
+    - b: batch size
+    - n: number of tokens
+    - d: hidden size
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from .running_sum import RunningSum
+
+
+class Tokens(NamedTuple):
+    """What a sequence gate has to know of the tokens of a forward, besides their features.
+
+    Args:
+        own: which are not padding, `None` if all. Shape: [b, n]
+        starts: in a row of several texts, which tokens are the first of one; `None` for one text. Shape: [b, n]
+        before: the sum over the tokens in the key-value cache, `None` if there is no cache.
+    """
+
+    own: torch.Tensor | None = None
+    starts: torch.Tensor | None = None
+    before: "RunningSum | None" = None
+
+
+def sequence_features(x: torch.Tensor, tokens: Tokens, is_causal: bool) -> torch.Tensor:
+    """The mean direction of the features of a row, up to each token or of all: `y` before it is normalised.
+
+    Args:
+        x: features of pass 1. Shape: [b, n, d]
+        tokens: what else is known of the tokens.
+        is_causal: whether a token sees only those before it.
+
+    Returns:
+        Shape: [b, n, d], or [b, 1, d] if each token sees all
+    """
+    steps = F.normalize(x, dim=-1)
+    if tokens.own is not None:
+        steps = steps * tokens.own.unsqueeze(-1)
+    if tokens.before is not None:
+        sums = tokens.before.extend(steps)
+    elif is_causal:
+        sums = steps.cumsum(1)
+    else:
+        return steps.sum(1, keepdim=True)
+    if not is_causal:
+        return sums[:, -1:]
+    return sums if tokens.starts is None else sums - _before_the_text(sums, tokens.starts)
+
+
+def _before_the_text(sums: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+    """The sum before the text that a token belongs to. Shapes: [b, n, d], [b, n] -> [b, n, d]"""
+    positions = torch.arange(starts.shape[1], device=starts.device)
+    first = torch.where(starts, positions, 0).cummax(dim=1).values  # of its text
+    return F.pad(sums, (0, 0, 1, 0)).gather(1, first.unsqueeze(-1).expand_as(sums))
+
+
+class Gate(nn.Module):
+    """How far the gate is open for each token, from 0 to 1. Before it is fitted it is open everywhere.
+
+    Args:
+        hidden_size: d.
+        is_running: whether it looks at a row up to a token, and not at the token alone.
+        is_causal: whether tokens of the model see only those before them; else it looks at the whole row.
+
+    Attributes:
+        direction: what tells the target from the reference. Shape: [d]
+        threshold: the cosine up to which it is closed. Shape: [1], as what is sharded cannot be a scalar
+        width: how much further it takes to be fully open. Shape: [1]
+    """
+
+    def __init__(self, hidden_size: int, is_running: bool, is_causal: bool = False) -> None:
+        super().__init__()
+        self.is_running = is_running
+        self.is_causal = is_causal
+        self.direction = nn.Parameter(torch.zeros(hidden_size), requires_grad=False)
+        self.threshold = nn.Parameter(torch.tensor([-1.0]), requires_grad=False)
+        self.width = nn.Parameter(torch.tensor([1.0]), requires_grad=False)
+
+    def compared(self, features: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+        """What is compared with the direction, in float32 at least.
+
+        Args:
+            features: features of pass 1. Shape: [b, n, d]; of a map of tokens [b, h, w, d]
+            tokens: what else is known of the tokens.
+
+        Returns:
+            Shape: [b, n, d], or [b, 1, d] for a whole row
+        """
+        x = features.detach().flatten(1, -2)
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        return sequence_features(x, tokens, self.is_causal) if self.is_running else x
+
+    @torch.no_grad()
+    def forward(self, features: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+        """How far it is open.
+
+        Args:
+            features: features of pass 1. Shape: [b, n, d]; of a map of tokens [b, h, w, d]
+            tokens: what else is known of the tokens.
+
+        Returns:
+            Weights in [0, 1], 0 at padding. Shape: [b, n, 1]; of a map [b, h, w, 1]
+        """
+        y = self.compared(features, tokens)
+        cosine = cosines(y, self.direction.to(y.dtype))
+        opened = ((cosine - self.threshold) / self.width).clamp(0, 1)
+        opened = opened.expand(-1, features[0, ..., 0].numel())
+        if tokens.own is not None:
+            opened = opened * tokens.own
+        return opened.reshape(*features.shape[:-1], 1).to(features.dtype)
+
+
+def cosines(y: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
+    """`cos(y, direction)`. Shapes: [b, n, d], [d] -> [b, n]"""
+    # Not a matmul, which autocast would run in low precision.
+    return (F.normalize(y, dim=-1) * F.normalize(direction, dim=-1)).sum(-1)
+
+
+def tokens_of(kwargs: Mapping[str, Any], num_tokens: int, before: "RunningSum | None" = None) -> Tokens:
+    """What the arguments of a backbone say of its tokens.
+
+    Args:
+        kwargs: the arguments.
+        num_tokens: n.
+        before: the sum over the tokens in the key-value cache.
+
+    Raises:
+        ValueError: if there is a mask from which padding cannot be told.
+    """
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, Mapping):  # one for each kind of attention
+        mask = mask.get("full_attention", next(iter(mask.values())))
+    if mask is None:
+        positions = kwargs.get("position_ids")
+        # As transformers tells several texts in a row, which it does where there are neither masks nor caches.
+        if before is None and isinstance(positions, torch.Tensor) and positions.dim() == 2:
+            return Tokens(starts=first_of_texts(positions))
+        return Tokens(before=before)
+    return Tokens(own=own_tokens(mask, num_tokens, before), before=before)
+
+
+def first_of_texts(positions: torch.Tensor) -> torch.Tensor:
+    """Which tokens of a row begin a text: those whose position is not the next one. Shape: [b, n]"""
+    return F.pad(positions.diff(dim=-1) != 1, (1, 0), value=True)
+
+
+def own_tokens(mask: Any, num_tokens: int, before: "RunningSum | None" = None) -> torch.Tensor:
+    """Which tokens are not padding.
+
+    Args:
+        mask: an attention mask. Shape: [b, n], with cached tokens before these; or [b, heads, n, m], added to the
+            attention or boolean
+        num_tokens: n.
+        before: the sum over the tokens in the cache.
+
+    Returns:
+        Shape: [b, n]
+
+    Raises:
+        ValueError: if it is another kind of mask.
+    """
+    if not _has_tokens(mask, num_tokens, has_cache=before is not None):
+        found = (
+            f"the shape {list(mask.shape)}" if isinstance(mask, torch.Tensor) else f"the type {type(mask).__name__}"
+        )
+        raise ValueError(
+            f"`attention_mask` has {found}, and the features of pass 1 are of {num_tokens} tokens; the gate of the "
+            "TOAST adapter expected [rows, tokens], to leave out padding. Give such a mask, or none."
+        )
+    if mask.dim() == 2 and mask.shape[1] == num_tokens:
+        return mask != 0
+    columns = (0 if before is None else before.length) + torch.arange(num_tokens, device=mask.device)
+    if mask.dim() == 2:
+        return mask.index_select(1, columns) != 0
+    # A token that is not padding sees itself.
+    itself = mask[:, 0].gather(2, columns.expand(len(mask), -1).unsqueeze(-1)).squeeze(-1)
+    return itself if itself.dtype == torch.bool else itself > torch.finfo(itself.dtype).min / 2
+
+
+def _has_tokens(mask: Any, num_tokens: int, has_cache: bool) -> bool:
+    """Whether a mask has an entry for each of the tokens."""
+    if not isinstance(mask, torch.Tensor) or mask.dim() not in (2, 4):
+        return False
+    is_for_them = mask.shape[1] == num_tokens if mask.dim() == 2 else mask.shape[2] == num_tokens
+    return is_for_them or (has_cache and mask.dim() == 2 and mask.shape[1] > num_tokens)
