@@ -86,6 +86,8 @@ class TopDownConfig(PeftConfig):
             prompt selects some token. The others get the output of pass 1, and if there is no such row the forward
             costs what one of the base model does. With a key-value cache pass 2 is left out for the whole batch, until
             some token of it is selected. Not in a compiled model.
+        feedback_scale: what the feedback is multiplied by, as the scale of a LoRA. A new or loaded adapter starts with
+            it; `model.set_feedback_scale(...)` changes it later, and leaves this option, which is saved, as it is.
         variational_weight: how much the variational loss counts in training: the mean squared difference between the
             input of a block and `linear1` of its output, summed over the blocks. It is added to `outputs.loss`; where
             the loss is computed outside of the model, add `model.variational_loss()` to it. For pre-tuning; the
@@ -184,6 +186,10 @@ class TopDownConfig(PeftConfig):
     skip_closed_rows: bool = field(
         default=False,
         metadata={"help": "In inference run the second pass only for rows of which some token is selected."},
+    )
+    feedback_scale: float = field(
+        default=1.0,
+        metadata={"help": "What the feedback is multiplied by when the adapter is made or loaded; 0 is none."},
     )
     variational_weight: float = field(
         default=0.0,

@@ -68,6 +68,7 @@ _EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "normalize_features": ("True, False or None", _any),
     "double_value_bias": _SWITCH,
     "skip_closed_rows": _SWITCH,
+    "feedback_scale": ("a finite number; 1.0 is the feedback as it was trained, 0.0 none", _any),
     "variational_weight": ("0 or a positive number", _not_negative),
     "variational_ignore_padding": _SWITCH,
     "pretrained_feedback": ("the path of a saved adapter or its id on the Hub, as a string", _any),

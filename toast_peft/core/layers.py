@@ -19,6 +19,7 @@ from .feature_selection import FeatureSelection
 from .feedback import low_rank, step_down
 from .module_tree import to_device_of
 from .run import ThreadState
+from .strength import scaled
 from .topdown_layer import TopDownLayer, weight_of
 from .value_projection import input_size
 
@@ -278,14 +279,15 @@ class FeedbackPath(nn.Module):
             skip_closed: compute none if no token is selected.
 
         Returns:
-            For each block index what is added to the input of its value projection; of fused feedback perhaps to its
-            output. Shape: as that
+            For each block index what is added to the input of its value projection, times the strength; of fused
+            feedback perhaps to its output. Shape: as that
         """
         features = to_device_of(self.selection, features)
         compared = None if compared is None else to_device_of(self.selection, compared)
         features, mask = self.selection.weigh(features, adapter_name, compared)
-        if skip_closed and self.state.current.all_closed():
+        if (skip_closed and self.state.current.all_closed()) or self.selection.is_off(adapter_name):
             return {}
+        mask = scaled(mask, self.selection.topdown_feedback_scale[adapter_name])
         if self.fused is not None:
             return self.fused(features, mask)
         z = self._select(features, mask, adapter_name)
