@@ -23,6 +23,7 @@ from ..helpers import (
     assert_same,
     assert_same_gradients,
     compiles_copies,
+    counted_block_calls,
     feedback_of,
     gradients,
     leaves_untouched,
@@ -32,7 +33,7 @@ from ..helpers import (
     steer,
     steered,
 )
-from ..zoo import VIT_AND_LLAMA, inputs_of, tiny_model
+from ..zoo import NUM_BLOCKS, VIT_AND_LLAMA, inputs_of, tiny_model
 
 VIT = tf.ViTForImageClassification
 LLAMA = tf.LlamaForCausalLM
@@ -176,6 +177,16 @@ def test_at_0_it_is_the_base_model_with_skipped_rows_and_fused(options: dict[str
         model.fuse_feedback()
     assert torch.equal(output_at(model, 0.0), expected)
     assert output_of(model) is not None and paths_of(model)[0].state.current.mask.any()
+
+
+@pytest.mark.parametrize("model_class", VIT_AND_LLAMA)
+def test_at_0_it_costs_one_forward_where_rows_are_skipped(model_class: type) -> None:
+    model = steered(tiny_model(model_class), skip_closed_rows=True)
+    with counted_block_calls(model) as calls:
+        output_at(model, 0.0)
+        assert calls == dict.fromkeys(range(NUM_BLOCKS), 1)
+        output_of(model)
+    assert calls == dict.fromkeys(range(NUM_BLOCKS), 3)
 
 
 def test_bias_of_the_official_vit_stays_at_0() -> None:
@@ -366,12 +377,12 @@ def test_what_is_in_a_cache_stays_as_it_was_made(skips: bool) -> None:
 def test_compiled_model_follows() -> None:
     torch.compiler.reset()
     model = steered(tiny_model(VIT, num_hidden_layers=2))
-    alphas = (1.0, 0.5, 0.0, 0.25)
-    expected = [output_at(model, alpha) for alpha in alphas]
+    expected = {alpha: output_at(model, alpha) for alpha in (1.0, 0.5, 0.25)}
     run = torch.compile(model, backend="aot_eager", fullgraph=True)
-    for alpha, output in zip(alphas, expected, strict=True):
+    for step, (alpha, output) in enumerate(expected.items()):
         model.set_feedback_scale(alpha)
-        assert_same(output_of(run, inputs_of(model)), output)
+        with torch.compiler.set_stance("fail_on_recompile" if step > 1 else "default"):
+            assert_same(output_of(run, inputs_of(model)), output)
 
 
 # ------------------------------------------------------------------------------------------------------------- saving
