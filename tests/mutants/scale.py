@@ -5,13 +5,11 @@ from .mutant import Mutant
 SCALE = "features/test_feedback_scale.py -k "
 
 OF_A_SCALE = [
-    Mutant(
-        "feedback scale: not used", "return mask if scale == 1 else scale * mask", "return mask", f"{SCALE}every_block"
-    ),
+    Mutant("feedback scale: not used", "mask = mask if alpha == 1 else alpha * mask", "pass", f"{SCALE}every_block"),
     Mutant(
         "feedback scale: without its gradient",
-        "return mask if scale == 1 else scale * mask",
-        "return mask if scale == 1 else scale * mask.detach()",
+        "mask = mask if alpha == 1 else alpha * mask",
+        "mask = mask if alpha == 1 else alpha * mask.detach()",
         f"{SCALE}gradients",
     ),
     Mutant(
@@ -58,8 +56,8 @@ OF_A_SCALE = [
     ),
     Mutant(
         "feedback scale: no gradients at 0",
-        "return is_zero and not torch.is_grad_enabled() and not",
-        "return is_zero and not",
+        "return not torch.is_grad_enabled() and not self.topdown",
+        "return not self.topdown",
         f"{SCALE}bit_for_bit",
     ),
     Mutant(

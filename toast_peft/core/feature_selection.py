@@ -187,8 +187,6 @@ class FeatureSelection(TopDownLayer):
     def _active_here(self) -> list[str]:
         return [name for name in self.active_adapters if name in self.topdown_feedback_scale]
 
-    def is_off(self, adapter_name: str) -> bool:
-        """Whether a forward without gradients can do without the feedback of an adapter, as it is times zero."""
-        is_zero = self.topdown_feedback_scale[adapter_name] == 0
-        # With twice the bias pass 2 differs from pass 1 all the same.
-        return is_zero and not torch.is_grad_enabled() and not self.topdown_config[adapter_name].double_value_bias
+    def is_void_at_0(self, adapter_name: str) -> bool:
+        """Whether feedback times zero may be left out: it has no gradients, and nothing else comes with it."""
+        return not torch.is_grad_enabled() and not self.topdown_config[adapter_name].double_value_bias

@@ -19,7 +19,6 @@ from .feature_selection import FeatureSelection
 from .feedback import low_rank, step_down
 from .module_tree import to_device_of
 from .run import ThreadState
-from .strength import scaled
 from .topdown_layer import TopDownLayer, weight_of
 from .value_projection import input_size
 
@@ -284,10 +283,12 @@ class FeedbackPath(nn.Module):
         """
         features = to_device_of(self.selection, features)
         compared = None if compared is None else to_device_of(self.selection, compared)
-        features, mask = self.selection.weigh(features, adapter_name, compared)
-        if (skip_closed and self.state.current.all_closed()) or self.selection.is_off(adapter_name):
+        selection = self.selection
+        features, mask = selection.weigh(features, adapter_name, compared)
+        alpha = selection.topdown_feedback_scale[adapter_name]
+        if (skip_closed and self.state.current.all_closed()) or (alpha == 0 and selection.is_void_at_0(adapter_name)):
             return {}
-        mask = scaled(mask, self.selection.topdown_feedback_scale[adapter_name])
+        mask = mask if alpha == 1 else alpha * mask  # the chain is linear, see `strength.py`
         if self.fused is not None:
             return self.fused(features, mask)
         z = self._select(features, mask, adapter_name)

@@ -4,19 +4,13 @@ From the mask of the tokens to the feedback of every block all is linear and wit
 
     z_L = (alpha * m * x) @ transform  -->  alpha * z of every block  -->  alpha * td of every block
 
-so alpha is one factor of the mask, and the same one for all families, for feedback on maps and for fused feedback. The
-mask that is kept to be looked at is the one without it.
-
-Notation used for tensor shapes:
-    - b: batch size
-    - n: number of tokens
+so the feedback path multiplies the mask by alpha, in one place for all families, for feedback on maps and for fused
+feedback. The mask that is kept to be looked at is the one without it.
 """
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from ..config_checks import is_of_type
 
@@ -36,11 +30,6 @@ def checked_scale(value: Any) -> float:
             "trained, and 0.0 for none."
         )
     return float(value)
-
-
-def scaled(mask: torch.Tensor, scale: float) -> torch.Tensor:
-    """The mask times alpha; at 1 it is the tensor itself. Shape: [b, n, 1]"""
-    return mask if scale == 1 else scale * mask
 
 
 def set_scales(selections: Iterable["FeatureSelection"], adapter_names: list[str], alpha: float) -> None:
