@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,8 +14,9 @@ import pytest
 import torch
 from compare_forgetting import ForgettingArguments, ForgettingComparison
 from datasets import Dataset
-from methods import METHODS
+from methods import METHODS, apply_method
 from optuna.trial import TrialState
+from scaling import Strength
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, ByT5Tokenizer, PreTrainedTokenizerFast
@@ -89,6 +91,53 @@ def test_the_table_has_the_perplexities_of_target_and_source(
         [line] = [line for line in printed.splitlines() if line.startswith(f"| `{run['method']}` ")]
         cells = [cell.strip() for cell in line.split("|")]
         assert cells[3:5] == [f"{run['target perplexity']:.3f}", f"{run['source perplexity']:.3f}"]
+
+
+def test_every_method_is_tested_at_every_strength(arguments: list[str], capsys: pytest.CaptureFixture) -> None:
+    runs = compare_forgetting.main([*arguments, "--methods", "full", "toast-lite", "--scales", "1", "0.5", "0"])
+    tested = runs[runs["split"] == "test"].set_index("method")
+    printed = capsys.readouterr().out
+    base = re.findall(r"[\d.]+(?=,|$)", printed.partition("Base model: ")[2].splitlines()[0])
+    for method, run in tested.iterrows():
+        lines = [line.split("|") for line in printed.splitlines() if line.startswith(f"| `{method}` ")]
+        assert [line[2].strip() for line in lines[1:]] == ["1", "0.5", "0"]
+        for place, column in enumerate(["target perplexity", "source perplexity"]):
+            assert run[f"{column} at 1"] == run[column] != run[f"{column} at 0.5"]
+            assert run[f"{column} at 0"] == pytest.approx(float(base[place]), rel=1e-4)
+            assert lines[2][3 + place].strip() == f"{run[f'{column} at 0.5']:.3f}"
+    assert (Path(arguments[3]) / "scales.md").read_text() in printed
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "toast-lite"])
+@torch.no_grad()
+def test_strength_leads_from_the_base_model_to_the_trained_one(base: str, method: str) -> None:
+    inputs = {"input_ids": torch.arange(3, 13).view(1, -1)}
+    model = apply_method(AutoModelForCausalLM.from_pretrained(base), method, task_type="CAUSAL_LM").eval()
+    strength = Strength(model, new_modules=[])
+    logits = [model(**inputs).logits]
+    for parameter in model.parameters():
+        parameter.add_(0.05 * torch.randn_like(parameter) * parameter.requires_grad)
+    logits.append(model(**inputs).logits)
+    with pytest.raises(KeyError), strength.at(0.25):
+        scaled = model(**inputs).logits
+        raise KeyError
+    assert torch.equal(model(**inputs).logits, logits[1])
+    assert not any(torch.allclose(scaled, other) for other in logits)
+    with strength.at(0.0):
+        torch.testing.assert_close(model(**inputs).logits, logits[0])
+
+
+def test_strength_without_an_adapter_is_a_place_between_weights_and_leaves_new_modules_alone() -> None:
+    model = torch.nn.ModuleDict({"body": torch.nn.Linear(2, 2), "head": torch.nn.Linear(2, 2)})
+    for parameter in model.parameters():
+        parameter.data.fill_(1.0)
+    strength = Strength(model, new_modules=["head"])
+    for parameter in model.parameters():
+        parameter.data.fill_(3.0)
+    with strength.at(0.25):
+        assert (model["body"].weight == 1.5).all() and (model["body"].bias == 1.5).all()
+        assert (model["head"].weight == 3).all()
+    assert all((parameter == 3).all() for parameter in model.parameters())
 
 
 def test_the_best_try_has_the_lowest_perplexity_of_the_target() -> None:

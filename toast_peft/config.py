@@ -90,6 +90,8 @@ class TopDownConfig(PeftConfig):
             model, bit for bit. "sequence" looks at a row up to each token (at the whole row in a model whose tokens
             see those after them, and for images), "token" at each token alone. It is open everywhere until
             `toast_peft.fit_gate` is called. Default: None, no gate.
+        feedback_scale: what the feedback is multiplied by, as the scale of a LoRA. A new or loaded adapter starts with
+            it; `model.set_feedback_scale(...)` changes it later, and leaves this option, which is saved, as it is.
         variational_weight: how much the variational loss counts in training: the mean squared difference between the
             input of a block and `linear1` of its output, summed over the blocks. It is added to `outputs.loss`; where
             the loss is computed outside of the model, add `model.variational_loss()` to it. For pre-tuning; the
@@ -190,6 +192,10 @@ class TopDownConfig(PeftConfig):
     skip_closed_rows: bool = field(
         default=False,
         metadata={"help": "In inference run the second pass only for rows of which some token is selected."},
+    )
+    feedback_scale: float = field(
+        default=1.0,
+        metadata={"help": "What the feedback is multiplied by when the adapter is made or loaded; 0 is none."},
     )
     gate: Literal["sequence", "token"] | None = field(
         default=None,

@@ -71,6 +71,7 @@ _EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "gate": ("'sequence', 'token' or None", _any),
     "gate_is_causal": ("a dict with True or False for each list of blocks", _any),
     "gate_report": ("a dict of numbers", _any),
+    "feedback_scale": ("a finite number; 1.0 is the feedback as it was trained, 0.0 none", _any),
     "variational_weight": ("0 or a positive number", _not_negative),
     "variational_ignore_padding": _SWITCH,
     "pretrained_feedback": ("the path of a saved adapter or its id on the Hub, as a string", _any),

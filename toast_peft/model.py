@@ -20,6 +20,7 @@ from .core.fused_feedback import fuse, refuse_fused, unfuse
 from .core.layers import feedback_path_of, feedback_paths
 from .core.prompt_input import given_prompt
 from .core.stack import Stack, remove_feedback_path
+from .core.strength import rescaled, set_scales
 from .core.topdown_layer import NO_MERGE, TopDownLayer, belongs_to
 from .core.variational_loss import last_variational_loss, total
 from .families.find import find_stacks
@@ -229,6 +230,42 @@ class TopDownModel(BaseTuner):
         ```
         """
         return given_prompt([path for _, path in feedback_paths(self.model)], prompts)
+
+    # ----------------------------------------------------------------------------------------------------- strength
+
+    def set_feedback_scale(self, alpha: float, adapter_name: str | None = None) -> None:
+        """Multiply the feedback by alpha from now on, in training as well. Whatever it was before does not count.
+
+        At 1.0 it is what was trained, at 0.0 none. Saving the adapter does not save it; for that set `feedback_scale`
+        of its config.
+
+        Args:
+            alpha: any finite number.
+            adapter_name: whose feedback. Default: that of the active adapter.
+
+        Raises:
+            ValueError: if alpha is no finite number, or there is no such adapter.
+        """
+        names = self.active_adapters if adapter_name is None else [adapter_name]
+        set_scales([path.selection for _, path in feedback_paths(self.model)], names, alpha)
+
+    def rescaled_feedback(self, multiplier: float) -> AbstractContextManager[None]:
+        """Multiply the strength of all adapters in a `with` block, as PEFT's `rescale_adapter_scale` does for LoRA.
+
+        Args:
+            multiplier: any finite number. Blocks within each other multiply.
+
+        Raises:
+            ValueError: if it is no finite number.
+
+        Example:
+
+        ```py
+        >>> with model.rescaled_feedback(0.5):
+        ...     model(**inputs)
+        ```
+        """
+        return rescaled([path.selection for _, path in feedback_paths(self.model)], multiplier)
 
     # --------------------------------------------------------------------------------------- switching and removing
 

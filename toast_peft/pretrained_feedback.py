@@ -220,7 +220,7 @@ def _check_fits(saved: TopDownConfig, config: TopDownConfig) -> None:
             )
             + "."
         )
-    for name in ("normalize_features", "double_value_bias"):
+    for name in ("normalize_features", "double_value_bias", "feedback_scale"):
         trained_with, given = getattr(saved, name), getattr(config, name)
         if trained_with != given:
             raise ValueError(

@@ -27,6 +27,7 @@ from datasets import DatasetDict, disable_progress_bars, load_dataset
 from matplotlib.figure import Figure
 from methods import METHODS, apply_method
 from optuna.trial import FrozenTrial, TrialState
+from scaling import NOT_SCALED, Strength, column_at, curves
 from tables import comparison_table
 from torch import nn
 from torch.quasirandom import SobolEngine
@@ -77,6 +78,10 @@ class ComparisonArguments:
     test_file: str | None = field(default=None, metadata={"help": "As train_file, for the final test."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many rows at most."})
     max_test_samples: int | None = field(default=None, metadata={"help": "Test on so many rows at most."})
+    scales: list[float] | None = field(
+        default=None,
+        metadata={"help": "Test all trained models at these strengths as well, for example 0.7 0.5 0.3."},
+    )
     num_train_epochs: float = field(default=10.0, metadata={"help": "Epochs of each training."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Batch size of the trainings."})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Batch size of the evaluations."})
@@ -225,6 +230,10 @@ class Comparison(ABC):
         (self.folder / "comparison.md").write_text(table + "\n")
         plot(runs, self.columns[0]).savefig(self.folder / "comparison.png", dpi=150)
         print(f"\n{table}")
+        if self.arguments.scales:
+            table = curves(runs, self.columns, self.arguments.scales).to_markdown(index=False, disable_numparse=True)
+            (self.folder / "scales.md").write_text(table + "\n")
+            print(f"\n{table}")
 
     def search_points(self, method: str) -> list[Point]:
         """What the search tries: learning rates, weight decays, and the first seed."""
@@ -265,6 +274,7 @@ class Comparison(ABC):
         model = apply_method(model, method, batches, self.arguments.pretrained_feedback, **peft_options)
         new_modules = [] if method == "linear" else peft_options.get("modules_to_save", [])
         optimizer = make_optimizer(model, learning_rate, weight_decay, new_modules)
+        strength = Strength(model, peft_options.get("modules_to_save", []))
         data, collate = rows, self.collate
         if self.arguments.store_features is not None and method.startswith("toast"):
             folder = Path(self.arguments.store_features) / method / ("train" if split == "test" else "search")
@@ -274,9 +284,20 @@ class Comparison(ABC):
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         measured = {"seconds": time.perf_counter() - start} | self.measure(trainer, split)
+        if split == "test" and method not in NOT_SCALED:
+            measured |= self.measure_at_scales(trainer, strength)
         measured["trainable_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
         batch = BatchFeature(self.collate(rows[:batch_size])).to(model.device)
         return measured | training_step_cost(model, batch)
+
+    def measure_at_scales(self, trainer: Trainer, strength: Strength) -> dict[str, float]:
+        """What the table shows about a trained model at the other strengths that were asked for, on the test split."""
+        measured = {}
+        for alpha in self.arguments.scales or []:
+            with strength.at(alpha):
+                metrics = self.measure(trainer, "test")
+            measured |= {column_at(column, alpha): metrics[column] for column in self.columns}
+        return measured
 
     def training_arguments(self, seed: int) -> TrainingArguments:
         """Those of all trainings with a seed."""

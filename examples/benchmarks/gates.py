@@ -4,22 +4,22 @@ r"""What does a gate leave as it was, and what does it cost? Perplexities of a t
     python examples/benchmarks/gates.py --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct \
         --target shakespeare --reference wikitext stories --others questions --output_dir mine
 
-Each of these is a folder with a train and a test file, .jsonl or .jsonl.gz. A TOAST-Lite adapter learns the target, with
-the gate from the start or without it; that one is then measured again under a gate. The gate is fitted to blocks of the
-target and of each reference; of the other texts it has seen nothing. Beside it is LoRA on all linear layers, scaled after
-training, as anyone can do. All texts are joined and cut into blocks.
+Each of these is a folder with a train and a test file, .jsonl or .jsonl.gz. A TOAST-Lite adapter learns the target,
+with the gate from the start or without it; that one is then measured again under a gate. The gate is fitted to blocks
+of the target and of each reference; of the other texts it has seen nothing. Beside it is LoRA on all linear layers,
+scaled after training, as anyone can do. All texts are joined and cut into blocks.
 
-The table has the perplexity of each test text, and behind it the percentage of its tokens whose logits are those of the
-base model, bit for bit.
+The table has the perplexity of each test text, and behind it the percentage of its tokens whose logits are those of
+the base model, bit for bit.
 
-Without a model and data it needs no network: a small byte-level LLaMA that has read docstrings learns those about numbers.
+Without a model and data it needs no network: a small byte-level LLaMA that has read docstrings learns those about
+numbers.
 """
 
 import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -108,12 +108,6 @@ class Gates:
         joined = Dataset.from_dict({"text": ["\n".join(row[name] for name in columns) for row in texts]})
         return token_rows(joined, self.tokenizer, self.arguments.block_size)
 
-    @cached_property
-    def of_base(self) -> dict[str, torch.Tensor]:
-        """Logits of the base model for the test blocks of each text. Shape of each: [blocks, n, vocabulary]"""
-        model = AutoModelForCausalLM.from_pretrained(self.base).eval()
-        return {name: torch.cat(list(self.logits(model, name))) for name in self.rows}
-
     def run(self) -> Iterator[dict[str, Any]]:
         """Train and measure with all seeds; one row for each method, seed and text."""
         base = AutoModelForCausalLM.from_pretrained(self.base).eval()
@@ -169,24 +163,20 @@ class Gates:
         report = fit_gate(model, blocks.pop(self.target), blocks, gate=gate, quantile=self.arguments.quantile)
         print(f"{gate} gate:", ", ".join(f"{name} {value:.3f}" for name, value in report.items()), flush=True)
 
-    @torch.no_grad()
-    def logits(self, model: torch.nn.Module, name: str) -> Iterator[torch.Tensor]:
-        """Logits of the test blocks of a text, batch by batch. Shape of each: [8, n, vocabulary]"""
-        for batch in DataLoader(self.test(name), 8, collate_fn=default_data_collator):
-            yield model(input_ids=batch["input_ids"].to(model.device), use_cache=False).logits.float().cpu()
-
     def test(self, name: str) -> Rows:
         return self.rows[name]["test"][: self.arguments.test_blocks]
 
+    @torch.no_grad()
     def measured(self, model: torch.nn.Module, method: str, seed: int) -> Iterator[dict[str, Any]]:
         """Perplexity of each text, and the percentage of the tokens that have the logits of the base model."""
         for name in self.rows:
-            ids = torch.tensor([row["input_ids"] for row in self.test(name)])
             losses, same = [], []
-            for batch, plain, logits in zip(
-                ids.split(8), self.of_base[name].split(8), self.logits(model, name), strict=True
-            ):
-                losses.append(F.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten(), reduction="none"))
+            for batch in DataLoader(self.test(name), 8, collate_fn=default_data_collator):
+                ids = batch["input_ids"].to(model.device)
+                logits = model(input_ids=ids, use_cache=False).logits.float()
+                with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
+                    plain = model(input_ids=ids, use_cache=False).logits.float()
+                losses.append(F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none"))
                 same.append((logits == plain).all(-1).flatten())
             loss, share = torch.cat(losses).double().mean().item(), torch.cat(same).double().mean().item()
             row = {"method": method, "seed": seed, "text": name, "perplexity": math.exp(loss), "same": 100 * share}

@@ -2,12 +2,17 @@
 
 from .drafting import OF_DRAFTING
 from .forward import IN_A_FORWARD
+from .gates import OF_A_GATE
 from .method import AROUND_IT
 from .mutant import Mutant
+from .scale import OF_A_SCALE
 from .shared import OF_A_SHARED_CACHE
 from .steering import OF_STEERING
 from .stored import OF_STORED_FEATURES
 
-MUTANTS = [*IN_A_FORWARD, *AROUND_IT, *OF_STORED_FEATURES, *OF_A_SHARED_CACHE, *OF_DRAFTING, *OF_STEERING]
+MUTANTS = [
+    *(*IN_A_FORWARD, *AROUND_IT, *OF_STORED_FEATURES, *OF_A_SHARED_CACHE),
+    *(*OF_DRAFTING, *OF_STEERING, *OF_A_SCALE, *OF_A_GATE),
+]
 
 __all__ = ["MUTANTS", "Mutant"]

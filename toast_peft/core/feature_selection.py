@@ -16,6 +16,7 @@ from .feedback import select, token_mask
 from .gate import Gate, Tokens
 from .prompt_input import GivenPrompt
 from .run import ThreadState
+from .strength import checked_scale
 from .topdown_layer import AdapterIdentity, TopDownLayer, weight_of
 
 
@@ -82,7 +83,7 @@ class FeatureSelection(TopDownLayer):
         *("topdown_prompt", "topdown_transform", "topdown_transform_A", "topdown_transform_B"),
         "topdown_gate",
     )
-    other_param_names = ("topdown_config", "topdown_identity")
+    other_param_names = ("topdown_config", "topdown_identity", "topdown_feedback_scale")
     parts: ClassVar = {
         "prompt": "prompt",
         **dict.fromkeys(["transform", "transform_A", "transform_B"], "transform"),
@@ -97,6 +98,7 @@ class FeatureSelection(TopDownLayer):
         self.topdown_gate = nn.ModuleDict()
         self.topdown_config: dict[str, TopDownConfig] = {}
         self.topdown_identity: dict[str, AdapterIdentity] = {}
+        self.topdown_feedback_scale: dict[str, float] = {}
         self.state = ThreadState()
 
     def update_layer(self, adapter_name: str, config: TopDownConfig, hidden_size: int, blocks_name: str) -> None:
@@ -110,6 +112,7 @@ class FeatureSelection(TopDownLayer):
         """
         self.topdown_config[adapter_name] = config
         self.topdown_identity[adapter_name] = AdapterIdentity()
+        self.topdown_feedback_scale[adapter_name] = config.feedback_scale
         self.topdown_prompt[adapter_name] = Prompt(hidden_size, std=0.02 if config.init_weights else 1.0)
         if config.transform_r == 0:
             self.topdown_transform[adapter_name] = Transform(hidden_size)
@@ -175,3 +178,46 @@ class FeatureSelection(TopDownLayer):
         if adapter_name in self.topdown_transform:
             return self.topdown_transform[adapter_name](x)
         return x + self.topdown_transform_B[adapter_name](self.topdown_transform_A[adapter_name](x))
+
+    # -------------------------------------------------------------------------------- the strength, as of a LoRA layer
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set the strength of an adapter to that of its config times `scale`; an adapter that is not here is ignored.
+
+        Raises:
+            ValueError: if it is no finite number.
+        """
+        if adapter in self.topdown_feedback_scale:
+            initial = self.topdown_config[adapter].feedback_scale
+            self.topdown_feedback_scale[adapter] = checked_scale(checked_scale(scale) * initial)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the strength of the active adapter.
+
+        Raises:
+            ValueError: if it is no finite number.
+        """
+        for name in self._active_here():
+            alpha = self.topdown_feedback_scale[name]
+            self.topdown_feedback_scale[name] = checked_scale(alpha * checked_scale(scale))
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the strength of the active adapter; without a number set it to that of its config.
+
+        Raises:
+            ValueError: if it is no finite number, or zero.
+        """
+        for name in self._active_here():
+            if scale is None:
+                self.set_scale(name, 1.0)
+            elif checked_scale(scale) == 0:
+                raise ValueError("Feedback cannot be divided by a scale of 0; call `unscale_layer()` to reset it.")
+            else:
+                self.topdown_feedback_scale[name] = checked_scale(self.topdown_feedback_scale[name] / scale)
+
+    def _active_here(self) -> list[str]:
+        return [name for name in self.active_adapters if name in self.topdown_feedback_scale]
+
+    def is_void_at_0(self, adapter_name: str) -> bool:
+        """Whether feedback times zero may be left out: it has no gradients, and nothing else comes with it."""
+        return not torch.is_grad_enabled() and not self.topdown_config[adapter_name].double_value_bias

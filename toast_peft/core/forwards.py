@@ -298,7 +298,8 @@ class BackboneForward(ReplacedForward):
         """The output of pass 2, which the rows without feedback have from pass 1."""
         mask = self.state.current.mask
         assert mask is not None
-        rows, batch_size = open_rows(mask), len(mask)
+        # Without feedback, as its strength is zero, no row is open whatever the mask says.
+        rows, batch_size = open_rows(mask if run.feedback else torch.zeros_like(mask)), len(mask)
         # What another model records would have the open rows twice.
         arguments = rows_of_arguments(kwargs, rows, batch_size) if self.records_itself else None
         if len(rows) == batch_size or (len(rows) > 0 and arguments is None):

@@ -281,14 +281,17 @@ class FeedbackPath(nn.Module):
             tokens: what a gate has to know of the tokens besides their features.
 
         Returns:
-            For each block index what is added to the input of its value projection; of fused feedback perhaps to its
-            output. Shape: as that
+            For each block index what is added to the input of its value projection, times the strength; of fused
+            feedback perhaps to its output. Shape: as that
         """
         features = to_device_of(self.selection, features)
         compared = None if compared is None else to_device_of(self.selection, compared)
-        features, mask = self.selection.weigh(features, adapter_name, compared, tokens)
-        if skip_closed and self.state.current.all_closed():
+        selection = self.selection
+        features, mask = selection.weigh(features, adapter_name, compared, tokens)
+        alpha = selection.topdown_feedback_scale[adapter_name]
+        if (skip_closed and self.state.current.all_closed()) or (alpha == 0 and selection.is_void_at_0(adapter_name)):
             return {}
+        mask = mask if alpha == 1 else alpha * mask  # the chain is linear, see `strength.py`
         if self.fused is not None:
             return self.fused(features, mask)
         z = self._select(features, mask, adapter_name)

@@ -18,10 +18,6 @@ NO_DELTA_WEIGHT = (
     "TOAST has no delta weight: the feedback depends on the input, it is not a change of weights. To see what an "
     "adapter changes, compare the outputs with and without `disable_adapter()`."
 )
-NO_SCALE = (
-    "TOAST has no scale that could be changed after training. To strengthen or weaken the feedback, multiply the "
-    "weights of `topdown_linear2` and `topdown_linear2_B` in all blocks."
-)
 
 
 class TopDownLayer(nn.Module, BaseTunerLayer):
@@ -82,17 +78,16 @@ class TopDownLayer(nn.Module, BaseTunerLayer):
         """Always raises: feedback is not a change of weights."""
         raise NotImplementedError(NO_DELTA_WEIGHT)
 
+    # Who scales adapters calls these three on every layer. The feature selection does it for the whole chain, once.
+
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Always raises: feedback has no scale besides its weights."""
-        raise NotImplementedError(NO_SCALE)
+        """Nothing: the strength of the feedback is that of the feature selection."""
 
     def scale_layer(self, scale: float) -> None:
-        """Always raises: feedback has no scale besides its weights."""
-        raise NotImplementedError(NO_SCALE)
+        """Nothing: the strength of the feedback is that of the feature selection."""
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """Always raises: feedback has no scale besides its weights."""
-        raise NotImplementedError(NO_SCALE)
+        """Nothing: the strength of the feedback is that of the feature selection."""
 
 
 def _merge_nothing(safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -1,0 +1,113 @@
+"""What may go wrong with the gate of an adapter."""
+
+from .mutant import Mutant
+
+GATE = "features/test_gate.py -k "
+FIT = "features/test_gate_fitting.py -k "
+
+OF_A_GATE = [
+    Mutant("gate: not used", "mask = gate * mask", "pass", f"{GATE}factor_of_the_mask"),
+    Mutant(
+        "gate: sum of features that are not normalised",
+        "    steps = F.normalize(x, dim=-1)\n",
+        "    steps = x\n",
+        f"{GATE}formula",
+    ),
+    Mutant(
+        "gate: padding is counted",
+        "        steps = steps * tokens.own.unsqueeze(-1)\n",
+        "        pass\n",
+        f"{GATE}formula",
+    ),
+    Mutant(
+        "gate: open at padding",
+        "            opened = opened * tokens.own\n",
+        "            pass\n",
+        f"{GATE}formula",
+    ),
+    Mutant(
+        "gate: texts of a row are one",
+        "return sums if tokens.starts is None else sums - _before_the_text(sums, tokens.starts)",
+        "return sums",
+        f"{GATE}packed",
+    ),
+    Mutant(
+        "gate: first token of a text belongs to the one before",
+        "return F.pad(sums, (0, 0, 1, 0)).gather(",
+        "return sums.gather(",
+        f"{GATE}packed",
+    ),
+    Mutant(
+        "gate: the cache is not asked", "if tokens.before is not None:", "if False:", f"{GATE}cached_is_recomputed"
+    ),
+    Mutant(
+        "gate: last token of a static cache is the next one",
+        "(length - 1).clamp(min=0).view(1)",
+        "length.clamp(min=0).view(1)",
+        f"{GATE}'cached_is_recomputed and static'",
+    ),
+    Mutant(
+        "gate: sum is lost where the passes part",
+        "before[owner.feedback_to :] + of_loop + of_sums",
+        "before[owner.feedback_to :] + of_loop",
+        f"{GATE}'follows_what_is_done'",
+    ),
+    Mutant(
+        "gate: padding of a mask of four dimensions",
+        "return itself if itself.dtype == torch.bool else itself > torch.finfo(itself.dtype).min / 2",
+        "return torch.ones_like(itself, dtype=torch.bool)",
+        f"{GATE}four_dimensions",
+    ),
+    Mutant("gate: trained", 'frozen=("topdown_gate",)', "frozen=()", f"{GATE}not_trained"),
+    Mutant(
+        "gate: whole row is not remembered in the file",
+        "(config.gate_is_causal or {}).get(blocks_name, False)",
+        "False",
+        f"{GATE}copies_and_saved",
+    ),
+    Mutant(
+        "gate: features are in the graph",
+        "x = features.detach().flatten(1, -2)",
+        "x = features.flatten(1, -2).sin()",
+        f"{GATE}formula",
+    ),
+    Mutant(
+        "gate fit: several domains by the means only",
+        "    if len(domains) > 1:\n",
+        "    if False:\n",
+        f"{FIT}covariance",
+    ),
+    Mutant(
+        "gate fit: threshold of the easiest domain",
+        'threshold = max(float(np.quantile(scores.numpy(), quantile, method="higher"))',
+        'threshold = min(float(np.quantile(scores.numpy(), quantile, method="higher"))',
+        f"{FIT}covariance",
+    ),
+    Mutant(
+        "gate fit: rounding opens the reference",
+        "    threshold += _ROUNDING\n",
+        "    threshold -= 10 * _ROUNDING\n",
+        f"{FIT}gets_the_output_of_the_base_model",
+    ),
+    Mutant(
+        "gate fit: padding is looked at", "            y = y[tokens.own]\n", "            pass\n", f"{FIT}padding_is"
+    ),
+    Mutant(
+        "gate fit: disturbs a token that nobody sees",
+        "self.last = (torch.arange(own.shape[1], device=own.device) * own).argmax(1)",
+        "self.last = torch.full((len(own),), own.shape[1] - 1, device=own.device)",
+        f"{FIT}does_not_hide",
+    ),
+    Mutant(
+        "gate fit: the base model writes with the adapter",
+        "        torch.random.fork_rng(device, device_type=model.device.type),\n        model.disable_adapter(),\n",
+        "        torch.random.fork_rng(device, device_type=model.device.type),\n",
+        f"{FIT}writes_the_reference",
+    ),
+    Mutant(
+        "gate fit: failure leaves an open gate",
+        "            selection.topdown_gate.update(of_selection)\n",
+        "            pass\n",
+        f"{FIT}leaves_the_model",
+    ),
+]
