@@ -12,6 +12,8 @@ import pytest
 import torch
 from transformers.utils import logging
 
+from .kept_models import seed
+
 torch.set_num_threads(1)
 logging.set_verbosity_error()
 
@@ -43,4 +45,4 @@ def library_is_read_once() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    torch.manual_seed(0)
+    seed(0)

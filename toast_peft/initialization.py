@@ -12,7 +12,7 @@ Notation used for tensor shapes:
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,7 @@ from .config import TopDownConfig
 from .core.dropout import in_evaluation_mode
 from .core.fused_feedback import refuse_fused
 from .core.layers import FeedbackPath, feedback_paths, hidden_states_of
+from .core.run import Current
 from .core.stored_pass import STORED_INPUT
 from .core.topdown_layer import weight_of
 
@@ -208,11 +209,23 @@ def collect(model: nn.Module, dataloader: Iterable[dict[str, Any]], statistics: 
         stack.enter_context(in_evaluation_mode(model.modules()))
         for hook in (hook for collected in statistics for hook in collected.hooks()):
             stack.enter_context(hook)
+        if len(statistics) == 1:  # what a decoder gets depends on the feedback of its encoder
+            stack.enter_context(_without_second_pass(statistics[0].path.state.current))
         for batch in dataloader:
             if not isinstance(batch, Mapping):
                 raise ValueError(f"The dataloader gave a {type(batch).__name__}; expected dicts of model inputs.")
             inputs = {name: x for name, x in batch.items() if name != STORED_INPUT}  # what is collected is of pass 1
             model(**{name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()})
+
+
+@contextmanager
+def _without_second_pass(current: Current) -> Iterator[None]:
+    """Inside, forwards end when the features have been there, in about half of the time."""
+    current.without_second_pass = True
+    try:
+        yield
+    finally:
+        current.without_second_pass = False
 
 
 def device_of_inputs(model: nn.Module) -> torch.device:
