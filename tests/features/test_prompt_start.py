@@ -175,7 +175,8 @@ def test_second_adapter_and_what_is_trained() -> None:
     frozen = model.get_base_model().model.norm.eval()
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     model.add_adapter("other", TopDownConfig(feedback_from=2))
-    assert model.active_adapter == "default" and model.training and not frozen.training
+    assert model.active_adapter == paths_of(model)[0].active_adapter == "default"
+    assert model.training and not frozen.training
     assert {name for name, p in model.named_parameters() if p.requires_grad} == trainable
     torch.testing.assert_close(prompts_of(model, "other").square().mean(), torch.tensor(0.09))
     assert not torch.allclose(prompts_of(model, "other"), prompts_of(model))
