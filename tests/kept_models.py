@@ -24,6 +24,8 @@ class Kept(NamedTuple):
 
 
 _KEPT: dict[str, Kept | None] = {}
+_MOST_MODELS = 200  # at a time
+_MOST_NUMBERS = 2_000_000  # of one
 
 
 def remade(build: Callable[[], nn.Module], name: str) -> nn.Module:
@@ -39,12 +41,16 @@ def remade(build: Callable[[], nn.Module], name: str) -> nn.Module:
         return _Unpickler(kept).load()
     model = build()
     if name not in _KEPT:
+        while len(_KEPT) >= _MOST_MODELS:
+            del _KEPT[next(iter(_KEPT))]
         _KEPT[name] = _keep(model)
     return model
 
 
 def _keep(model: nn.Module) -> Kept | None:
-    """`None` if it cannot be pickled, as with parametrised weights."""
+    """`None` if it is large, or cannot be pickled, as with parametrised weights."""
+    if sum(parameter.numel() for parameter in model.parameters()) > _MOST_NUMBERS:
+        return None
     file = io.BytesIO()
     pickler = _Pickler(file, protocol=pickle.HIGHEST_PROTOCOL)
     try:
