@@ -23,7 +23,8 @@ BENCH_ARGS ?= --models vit-small gpt2-768 llama-256 llama-768 --batch_size 2 \
     $(method) $(method)-fused $(method)-stored) --output_file outputs/cost.json
 # -n auto: as many processes as there are cores; who has no tests left takes some of another.
 PYTEST ?= python -m pytest -n auto --dist worksteal
-# `make test` counts the lines of the package that tests run; `make test COVERAGE=` is faster.
+# `make test` counts the lines of the package that tests run, in a part of their cases (`tests/conftest.py`);
+# `make test COVERAGE=` is faster.
 COVERAGE ?= --cov
 
 BIN := .venv/bin

@@ -20,6 +20,7 @@ from torch import nn
 from toast_peft import TopDownConfig
 from toast_peft.core.layers import FeedbackPath
 
+from .kept_models import seed
 from .zoo import MODELS, add_noise, inputs_of, tiny_model
 
 _VISION_NORMS = ("layernorm", "post_layernorm")
@@ -44,7 +45,7 @@ def adapted(model: nn.Module, **options: Any) -> PeftModel:
 
 def steered(model: nn.Module, inputs: Inputs | None = None, **options: Any) -> PeftModel:
     """The model with a TOAST adapter that has been moved away from its start, always to the same place."""
-    torch.manual_seed(1)
+    seed(1)
     model = adapted(model, **options)
     steer(model, inputs=inputs)
     return model

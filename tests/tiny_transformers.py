@@ -1,13 +1,14 @@
 """A tiny random model of any model type of transformers, made from its config class, and inputs that it takes."""
 
 import contextlib
-from functools import cache
+import functools
 
 import torch
 from torch import nn
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from .kept_models import remade, seed
 from .tiny_configs import SIZES, TRIES, tiny_config
 from .tiny_inputs import inputs_of
 
@@ -40,7 +41,7 @@ def tiny_model(model_type: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     errors = []
     for sizes in TRIES:
         try:
-            model = _model(model_type, sizes)
+            model = remade(functools.partial(_model, model_type, sizes), f"{model_type} {TRIES.index(sizes)}")
             return model, inputs_of(model)
         except Exception as error:  # noqa: BLE001 - whatever the model says to sizes that it cannot have
             errors.append(f"{type(error).__name__}: {error}")
@@ -56,7 +57,7 @@ def model_that_may_not_run(model_type: str) -> nn.Module:
         return model_class_of(model_type)(CONFIG_MAPPING[model_type]())
 
 
-@cache
+@functools.cache
 def _number_of_parameters(model_type: str, number_of_try: int) -> int:
     with torch.device("meta"):
         model = model_class_of(model_type)(tiny_config(CONFIG_MAPPING[model_type], TRIES[number_of_try]))
@@ -64,7 +65,7 @@ def _number_of_parameters(model_type: str, number_of_try: int) -> int:
 
 
 def _model(model_type: str, sizes: dict) -> nn.Module:
-    torch.manual_seed(0)
+    seed(0)
     config = tiny_config(CONFIG_MAPPING[model_type], sizes)
     if sizes is not SIZES and (size := _number_of_parameters(model_type, TRIES.index(sizes))) > _MOST_PARAMETERS:
         raise ValueError(f"{size:,} parameters")

@@ -9,6 +9,8 @@ import torch
 import transformers as tf
 from torch import nn
 
+from .kept_models import remade, seed
+
 
 class Row(NamedTuple):
     """What a tiny model is made of.
@@ -287,7 +289,11 @@ def variant_of(model_class: type, variant: str) -> dict[str, Any]:
 
 def tiny_model(model_class: type, **options: Any) -> nn.Module:
     """A model in eval mode with random weights, always the same; `options` are added to those of its config."""
-    torch.manual_seed(0)
+    return remade(lambda: _build(model_class, options), f"{model_class} {options}")
+
+
+def _build(model_class: type, options: dict[str, Any]) -> nn.Module:
+    seed(0)
     row = MODELS[model_class]
     model = model_class(row.config_class(**row.options | options))
     add_noise(*model.parameters())

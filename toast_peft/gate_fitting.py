@@ -323,7 +323,7 @@ def _of_domain(
     model: nn.Module, batches: Batches, domain: str, collected: Mapping[str, Compared]
 ) -> dict[str, torch.Tensor]:
     """What the gate of each backbone compares, of a domain. Shape of each: [k, d]"""
-    collect(model, logging.tqdm(batches, desc=f"Looking at the {domain}"), collected.values())
+    collect(model, logging.tqdm(batches, desc=f"Looking at the {domain}"), list(collected.values()))
     return {name: compared.take(domain) for name, compared in collected.items()}
 
 

@@ -14,10 +14,10 @@ from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
 from torch.nn import functional as F
 
-from toast_peft import TopDownConfig, feedback_statistics
+from toast_peft import TopDownConfig, feedback_statistics, initialize_feedback
 
-from ..helpers import adapted, blocks_of, features_of, output_of, paths_of
-from ..zoo import HIDDEN_SIZE, VIT_AND_LLAMA, ZOO, inputs_of, tiny_model
+from ..helpers import adapted, blocks_of, counted_block_calls, features_of, output_of, paths_of
+from ..zoo import HIDDEN_SIZE, NUM_BLOCKS, VIT_AND_LLAMA, ZOO, inputs_of, tiny_model, variant_of
 from .test_wiring import Block
 
 RANDOM_SENTENCE = "starts at random"
@@ -54,11 +54,12 @@ def narrow(model_class: type) -> nn.Module:
     return base
 
 
+@pytest.mark.parametrize("variant", ["full", "early"])
 @pytest.mark.parametrize("model_class", ZOO)
-def test_every_supported_model_runs_by_itself(model_class: type) -> None:
+def test_every_supported_model_runs_by_itself(model_class: type, variant: str) -> None:
     """From its weights alone, each path of it gets a prompt, with entries that are neither small nor large."""
     with no_sentence():
-        prompts = prompts_of(adapted(tiny_model(model_class)))
+        prompts = prompts_of(adapted(tiny_model(model_class), **variant_of(model_class, variant)))
     torch.testing.assert_close(prompts.square().mean(1).sqrt(), torch.full((len(prompts),), 0.3))
 
 
@@ -99,6 +100,21 @@ def test_prompt_is_the_mean_feature_of_the_random_inputs(
     monkeypatch.setattr("toast_peft.prompt_start.random_inputs", lambda model: inputs)
     prompt = prompts_of(adapted(base, **options))[0]
     torch.testing.assert_close(F.normalize(prompt, dim=0), F.normalize(expected, dim=0))
+
+
+@pytest.mark.parametrize("options", [{}, {"feedback_from": 2}, {"feedback_to": 2}], ids=["all", "early", "late"])
+@pytest.mark.parametrize("model_class", VIT_AND_LLAMA)
+def test_one_pass_is_enough(model_class: type, options: dict) -> None:
+    """At the start and in `initialize_feedback`, which need the features only; later forwards have both passes."""
+    base = tiny_model(model_class)
+    in_both_passes = options.get("feedback_from", NUM_BLOCKS) + NUM_BLOCKS - options.get("feedback_to", 0)
+    with counted_block_calls(base) as calls:
+        model = adapted(base, **options)
+        assert calls == dict.fromkeys(range(NUM_BLOCKS), 1)
+        initialize_feedback(model, [inputs_of(base)])
+        assert calls == dict.fromkeys(range(NUM_BLOCKS), 2)
+        output_of(model)
+    assert calls.total() == 2 * NUM_BLOCKS + in_both_passes
 
 
 @pytest.mark.parametrize("model_class", VIT_AND_LLAMA)
@@ -159,7 +175,8 @@ def test_second_adapter_and_what_is_trained() -> None:
     frozen = model.get_base_model().model.norm.eval()
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     model.add_adapter("other", TopDownConfig(feedback_from=2))
-    assert model.active_adapter == "default" and model.training and not frozen.training
+    assert model.active_adapter == paths_of(model)[0].active_adapter == "default"
+    assert model.training and not frozen.training
     assert {name for name, p in model.named_parameters() if p.requires_grad} == trainable
     torch.testing.assert_close(prompts_of(model, "other").square().mean(), torch.tensor(0.09))
     assert not torch.allclose(prompts_of(model, "other"), prompts_of(model))

@@ -207,6 +207,18 @@ AROUND_IT = [
         "features/test_prompt_start.py -k official_prompt",
     ),
     Mutant(
+        "prompt: forwards stay without pass 2 after the start",
+        "        current.without_second_pass = False\n",
+        "        pass\n",
+        "features/test_prompt_start.py -k one_pass",
+    ),
+    Mutant(
+        "prompt: pass 1 that ends a forward has skipped blocks",
+        "run.complete = self.state.current.without_second_pass and",
+        "run.complete = False and",
+        "features/test_prompt_start.py -k one_pass",
+    ),
+    Mutant(
         "prompt: another adapter stays active after the start",
         "part._active_adapter, part._disable_adapters, part.state.current = active, disabled, current",
         "part.state.current = current",

@@ -223,8 +223,11 @@ class BackboneForward(ReplacedForward):
         skips = may_skip_rows(config)
         if skips:
             run.kept_below = run.feedback_from
-        self._first_pass(run, kwargs)
+        run.complete = self.state.current.without_second_pass and not self._is_recorded_outside()
+        output = self._first_pass(run, kwargs)
         self._begin_second_pass(adapter_name, run, kwargs, *self._features(run, config), skip_closed=skips)
+        if run.complete:
+            return output
         return self._of_open_rows(run, kwargs) if skips else self.original(**kwargs)
 
     def _run_with_cache(
@@ -341,7 +344,9 @@ class BackboneForward(ReplacedForward):
         cache = kwargs.get(name)
         if cache is None:
             checkpointing = self.module.training and getattr(self.module, "gradient_checkpointing", False)
-            if checkpointing or not self._option("use_cache", kwargs):
+            # One that pass 1 makes itself is its own, and nobody has asked for it.
+            is_own = self.state.current.without_second_pass
+            if checkpointing or is_own or not self._option("use_cache", kwargs):
                 return None
         identity = self.path.selection.topdown_identity[adapter_name].id
         owner = CacheOwner(adapter_name, identity, run.feedback_from, run.feedback_to)
@@ -360,11 +365,15 @@ class BackboneForward(ReplacedForward):
 
     def _may_share(self, adapter_name: str, cache: Cache | None) -> bool:
         """Whether pass 1 may be the forward of the base model with this cache."""
-        if self.module.training or (is_recording() and not self.records_itself):
+        if self.module.training or self._is_recorded_outside():
             return False
         # On an accelerator `generate` compiles the forwards that follow, and a CUDA graph adds no layers to a cache.
         prompt = self.path.selection.topdown_prompt[adapter_name]
         return not (is_made_for_compiling(cache) and weight_of(prompt).device.type != "cpu")
+
+    def _is_recorded_outside(self) -> bool:
+        """Whether a model around the backbone records what runs in it, which it does not do in pass 1."""
+        return is_recording() and not self.records_itself
 
     def origin(self, config: TopDownConfig) -> Origin:
         """What pass 1 of an adapter is."""

@@ -21,7 +21,7 @@ class Run:
     """State of one forward of the backbone.
 
     Args:
-        feedback_from: blocks from here on are skipped in pass 1.
+        feedback_from: blocks from here on are skipped in pass 1, unless `complete`.
         feedback_to: blocks below are skipped in pass 2, unless `repeat_lower_blocks`.
         double_bias: whether the bias of a value projection is added once more (official ViT).
         repeat_lower_blocks: run the blocks below `feedback_to` in pass 2 as well, so that something recorded inside of
@@ -95,6 +95,7 @@ class Current:
         stored: what pass 1 of the next forward has computed already, `None` if it has to run.
         joint: the two passes of the next forward if they run side by side, `None` if one after the other.
         prompt: what the features are compared with instead of the learned prompt, `None` if that is not replaced.
+        without_second_pass: whether only what pass 1 computes is wanted, so that the output may be that of pass 1.
     """
 
     def __init__(self) -> None:
@@ -106,6 +107,7 @@ class Current:
         self.stored: StoredPass | None = None
         self.joint: JointPass | None = None
         self.prompt: GivenPrompt | None = None
+        self.without_second_pass = False
 
     def all_closed(self) -> bool:
         """Whether no token was selected in the last forward with feedback."""

@@ -311,7 +311,7 @@ class StageForward(BlockForward):
     def is_skipped(self, run: Run) -> bool:
         """Whether the running pass does not need this stage."""
         if run.first_pass:
-            return self.stage >= run.feedback_from
+            return self.stage >= run.feedback_from and not run.complete
         return self.stage < run.feedback_to and not run.repeat_lower_blocks
 
     def _first_pass(self, run: Run, hidden_states: torch.Tensor) -> torch.Tensor:
