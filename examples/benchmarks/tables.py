@@ -72,6 +72,43 @@ def segmentation() -> pd.DataFrame:
     return table.rename(index="`{}`".format)
 
 
+def focus_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """One row for each kind of map and method, the highest focus first.
+
+    Args:
+        runs: those of `focus.py`.
+    """
+    groups = runs.groupby(["relevance", "method"])
+    order = groups["focus"].mean().sort_values(ascending=False).index
+    table = groups[["focus", "accuracy"]].agg(mean_and_deviation, 1).loc[order].reset_index("relevance")
+    return table.rename(index="`{}`".format)
+
+
+def curves_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """One row for each kind of map of the method that patches were deleted and inserted with, the lowest first.
+
+    Args:
+        runs: those of `focus.py`.
+    """
+    groups = runs.dropna(subset=["deletion"]).groupby("relevance")[["deletion", "insertion"]]
+    return groups.agg(mean_and_deviation, 1).loc[groups.mean().sort_values("deletion").index]
+
+
+def shares_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """One row for each class, the one with most pixels first.
+
+    Args:
+        runs: those of `mask_shares.py`.
+    """
+    groups = runs.groupby("class", sort=False)
+    table = groups["pixels"].first().map("{:.1f} %".format).to_frame("share of pixels")
+    # Only the trained ones depend on the seed.
+    table["start"] = groups["start"].first().map("{:.2f}".format)
+    table["trained"] = groups["trained"].agg(mean_and_deviation, 2)
+    table["requested"] = groups["requested"].mean().map("{:.2f}".format).replace("nan", "")
+    return table.loc[groups["pixels"].first().sort_values(ascending=False).index]
+
+
 if __name__ == "__main__":
     for table in (images(), forgetting(), segmentation()):
         print(table.to_markdown(disable_numparse=True), end="\n\n")
