@@ -31,7 +31,7 @@ import torch
 from comparison import only_our_progress
 from cost import HelpFormatter
 from relevance import area, curve, feedback_maps, focus, grad_cam, rollout
-from steering import ImageArguments, Images, Steering
+from steering import ImageArguments, Images, Rows, Steering
 from tables import curves_table, focus_table
 from torch import nn
 from transformers import HfArgumentParser
@@ -62,20 +62,24 @@ class Focus(Steering):
 
     def run(self) -> pd.DataFrame:
         """Train and measure with all seeds; one row for each seed, method and kind of map."""
-        rows = []
+        frames = []
         for seed, method in product(range(self.arguments.seeds), self.arguments.methods):
-            model, head = self.new_model(method, seed)
-            if method.startswith("toast"):
-                self.class_prompts = self.class_prompts or self.prompts_of_classes(model)  # pass 1 is frozen
-            model = self.fit(model, method, head, self.rows_of_images(), seed)
-            measured = {"seed": seed, "method": method, "accuracy": self.accuracy(model)}
-            found = self.focus_of(model, method)
-            if method == CURVES_OF:
-                areas = self.areas(model, method)
-                found = {name: columns | areas[name] for name, columns in found.items()}
-            rows += [measured | {"relevance": name} | columns for name, columns in found.items()]
-            print(pd.DataFrame(rows[-len(found) :]).to_string(index=False), flush=True)
-        return pd.DataFrame(rows)
+            frames.append(pd.DataFrame(self.measured(method, seed)))
+            print(frames[-1].to_string(index=False), flush=True)
+        return pd.concat(frames, ignore_index=True)
+
+    def measured(self, method: str, seed: int) -> Rows:
+        """Train with a method; one row for each kind of map."""
+        model, head = self.new_model(method, seed)
+        if method.startswith("toast"):
+            self.class_prompts = self.class_prompts or self.prompts_of_classes(model)  # pass 1 is frozen
+        model = self.fit(model, method, head, self.rows_of_images(), seed)
+        common = {"seed": seed, "method": method, "accuracy": self.accuracy(model)}
+        found = self.focus_of(model, method)
+        if method == CURVES_OF:
+            areas = self.areas(model, method)
+            found = {name: columns | areas[name] for name, columns in found.items()}
+        return [common | {"relevance": name} | columns for name, columns in found.items()]
 
     @torch.no_grad()
     def accuracy(self, model: nn.Module) -> float:

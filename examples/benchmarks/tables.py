@@ -3,12 +3,14 @@
 python examples/benchmarks/tables.py
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 
 RESULTS = Path(__file__).parent / "results"
 IMAGES = ("dtd10", "flowers5", "cifar10")
+MOSAICS = ("dtd10", "flowers5")
 
 
 def mean_and_deviation(values: pd.Series, digits: int) -> str:
@@ -109,6 +111,34 @@ def shares_table(runs: pd.DataFrame) -> pd.DataFrame:
     return table.loc[groups["pixels"].first().sort_values(ascending=False).index]
 
 
+def side_by_side(table: Callable[[pd.DataFrame], pd.DataFrame], keys: list[str]) -> pd.DataFrame:
+    """One of the tables of `focus.py` for both data sets, in the order of the first.
+
+    Args:
+        table: makes it of runs.
+        keys: the columns that name a row; the first one becomes the index.
+    """
+    runs = {name: pd.read_csv(RESULTS / f"focus_{name}.csv") for name in MOSAICS}
+    tables = {name: table(frame).reset_index().set_index(keys) for name, frame in runs.items()}
+    named = [frame.rename(columns=f"{name}: {{}}".format) for name, frame in tables.items()]
+    return pd.concat(named, axis=1).reset_index(keys[1:])
+
+
+def focus() -> pd.DataFrame:
+    """Focus of each kind of map and method, in per cent."""
+    return side_by_side(focus_table, ["method", "relevance"])
+
+
+def curves() -> pd.DataFrame:
+    """Areas under deletion and insertion of patches with TOAST-Lite, in per cent."""
+    return side_by_side(curves_table, ["relevance"])
+
+
+def mask_shares() -> pd.DataFrame:
+    """The mask on the pixels of each class, relative to their number."""
+    return shares_table(pd.read_csv(RESULTS / "mask_shares_camvid.csv"))
+
+
 if __name__ == "__main__":
-    for table in (images(), forgetting(), segmentation()):
+    for table in (images(), forgetting(), segmentation(), focus(), curves(), mask_shares()):
         print(table.to_markdown(disable_numparse=True), end="\n\n")
