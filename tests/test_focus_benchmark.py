@@ -112,6 +112,14 @@ def test_rollout_of_pass_1_is_that_of_the_base_model() -> None:
         torch.testing.assert_close(relevance.rollout(model, inputs), without["rollout"])
 
 
+def test_requested_masks_are_those_of_given_prompts() -> None:
+    model = small_vit("toast")
+    inputs = {"pixel_values": torch.randn(2, 3, 8, 8)}
+    prompts = torch.randn(3, 16)
+    given = [relevance.feedback_maps(model, inputs | {"topdown_prompt": prompt})["mask"] for prompt in prompts]
+    torch.testing.assert_close(relevance.requested_masks(model, inputs, prompts), torch.stack(given, dim=-1))
+
+
 # ------------------------------------------------------------------------------------------------------------- curves
 
 
@@ -138,7 +146,7 @@ def test_curves_of_a_model_that_sees_one_patch(best_first: bool, place: int) -> 
     assert relevance.area(curves[True]).item() == pytest.approx(sum(inserted[:-1] + inserted[1:]) / 8)
 
 
-# ------------------------------------------------------------------------------------------------------ masks of classes
+# --------------------------------------------------------------------------------------------------- masks of classes
 
 
 def test_enrichment_is_the_share_of_the_mask_over_that_of_the_pixels() -> None:

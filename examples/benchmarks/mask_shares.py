@@ -26,7 +26,7 @@ import torch
 from compare_segmentation import UNLABELLED, SegmentationArguments, SegmentationComparison
 from comparison import Rows, make_optimizer, only_our_progress, parse
 from methods import METHODS, apply_method
-from relevance import on_patches
+from relevance import on_patches, requested_masks
 from steering import WEIGHT_DECAY
 from tables import shares_table
 from torch import nn
@@ -85,26 +85,23 @@ class MaskShares(SegmentationComparison):
         counts = torch.bincount(labels[labels != UNLABELLED], minlength=self.num_classes)
         return 100 * counts / counts.sum()
 
-    def ratios(self, model: nn.Module, prompt: torch.Tensor | None = None) -> torch.Tensor:
-        """Those of the table, of the mask with the learned or with a given prompt. Shapes: [d] -> [c]"""
-        request = {} if prompt is None else {"topdown_prompt": prompt}
+    def ratios(self, model: nn.Module) -> torch.Tensor:
+        """Those of the table, of the mask with the prompt of the adapter. Shape: [c]"""
         masks, fractions = [], []
         for inputs, labels in self.batches(model, self.rows["test"]):
-            mask = torch.from_numpy(toast_peft.explain(model, inputs | request).mask)
-            masks.append(on_patches(mask, model, inputs))
+            masks.append(on_patches(torch.from_numpy(toast_peft.explain(model, inputs).mask), model, inputs))
             fractions.append(class_fractions(labels, masks[-1].shape[1:], self.num_classes))
         return enrichment(torch.cat(masks), torch.cat(fractions))
 
     def requested_ratios(self, model: nn.Module) -> torch.Tensor:
         """For each class that of the mask that is asked for it, NaN without a prompt. Shape: [c]"""
         prompts = self.prompts_of_classes(model)
-        centred = prompts - prompts.nanmean(0)
-        return torch.stack(
-            [
-                self.ratios(model, prompt)[index] if prompt.isfinite().all() else torch.tensor(torch.nan)
-                for index, prompt in enumerate(centred)
-            ]
-        )
+        masks, fractions = [], []
+        for inputs, labels in self.batches(model, self.rows["test"]):
+            masks.append(requested_masks(model, inputs, prompts - prompts.nanmean(0)))
+            fractions.append(class_fractions(labels, masks[-1].shape[1:3], self.num_classes))
+        of_classes = torch.cat(masks).unbind(-1)
+        return torch.stack([enrichment(mask, torch.cat(fractions))[i] for i, mask in enumerate(of_classes)])
 
     def prompts_of_classes(self, model: nn.Module) -> torch.Tensor:
         """Of the training images, NaN for a class that has no patch. Shape: [c, d]"""

@@ -5,6 +5,7 @@ Notation used for tensor shapes:
     - n: number of tokens; the patches are the last ones
     - h, w: rows and columns of patches
     - d: hidden size
+    - c: number of prompts
     - s: number of steps of a curve
 """
 
@@ -13,9 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import toast_peft
 from toast_peft.explanation.attention import attention_rollout
+from toast_peft.requested_prompt import Features
 
 Inputs = dict[str, Any]
 
@@ -89,6 +92,23 @@ def feedback_maps(model: nn.Module, inputs: Inputs) -> dict[str, torch.Tensor]:
         "change of attention": change.relu(),
         "rollout": of_class_token(attention_rollout(second), model, inputs),
     }
+
+
+@torch.no_grad()
+def requested_masks(model: nn.Module, inputs: Inputs, prompts: torch.Tensor) -> torch.Tensor:
+    """The masks with each of some prompts as `topdown_prompt`, of one pass 1.
+
+    Args:
+        model: has a TOAST adapter.
+        inputs: of its forward.
+        prompts: Shape: [c, d]
+
+    Returns:
+        Shape: [b, h, w, c]
+    """
+    features, _ = Features(model).of(inputs)
+    similarity = F.normalize(features, dim=-1) @ F.normalize(prompts, dim=-1).T
+    return on_patches(similarity.clamp(0, 1).cpu(), model, inputs)
 
 
 def of_class_token(matrix: np.ndarray, model: nn.Module, inputs: Inputs) -> torch.Tensor:
