@@ -263,7 +263,7 @@ TABLES = runpy.run_path(str(BENCHMARKS / "tables.py"))
 
 
 def in_markdown(table: pd.DataFrame) -> list[str]:
-    head, *rows = [["method", *table.columns], *table.itertuples()]
+    head, *rows = [[table.index.name or "method", *table.columns], *table.itertuples()]
     lines = [" | ".join(map(str, row)) for row in (head, *rows)]
     lines = [f"| {line} |" for line in lines]
     return [lines[0], "|" + "---|" * len(head), *lines[1:]]
@@ -281,6 +281,11 @@ def segmentation() -> pd.DataFrame:
 @pytest.mark.parametrize("table", [TABLES["images"], TABLES["forgetting"]])
 def test_tables_are_what_was_measured(table: Callable[[], pd.DataFrame]) -> None:
     assert "\n".join(in_markdown(table())) in RESULTS
+
+
+@pytest.mark.parametrize("name", ["focus", "curves", "mask_shares"])
+def test_tables_of_relevance_are_what_was_measured(name: str) -> None:
+    assert "\n".join(in_markdown(TABLES[name]())) in PAGES["docs/focus.md"]
 
 
 def test_table_of_segmentation_is_what_was_measured() -> None:

@@ -21,6 +21,7 @@ Without a model and data it needs no network: a small ViT and handwritten digits
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,13 @@ from typing import Any
 import pandas as pd
 import torch
 from compare_methods import load_images
-from comparison import NEW_MODULES_LEARNING_RATE, make_optimizer, only_our_progress
+from comparison import make_optimizer, only_our_progress
 from cost import HelpFormatter
 from matplotlib.figure import Figure
-from methods import METHODS
+from methods import METHODS, apply_method
 from offline import image_rows, small_vit
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
+from torch import nn
 from torch.nn import functional as F
 from transformers import (
     AutoImageProcessor,
@@ -49,12 +51,13 @@ from transformers import (
 from toast_peft import prompt_from
 
 Rows = list[dict[str, Any]]
+WEIGHT_DECAY = 3e-3
 COLUMNS = ["mask on the requested tiles", "requested class", "one of the two classes"]
 
 
 @dataclass
-class Arguments:
-    """Which model to steer, and on which images."""
+class ImageArguments:
+    """A model, images and mosaics of them."""
 
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Model on the Hub or a local folder. Default: a small ViT."}
@@ -69,16 +72,22 @@ class Arguments:
     label_column_name: str = field(default="label", metadata={"help": "Column of the data set with the classes."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many images at most."})
     image_size: int | None = field(default=None, metadata={"help": "Of images and mosaics. Default: the model's."})
+    mosaics: int = field(default=200, metadata={"help": "Number of mosaics of the test."})
+    num_train_epochs: float = field(default=10.0, metadata={"help": "Epochs of each training."})
+    seeds: int = field(default=3, metadata={"help": "How often a model is trained and tested."})
+    output_dir: str = field(default="outputs/steering", metadata={"help": "Folder for the table."})
+
+
+@dataclass
+class Arguments(ImageArguments):
+    """How to train. Each mosaic of the test is for two requests; those to train on are as many as the images."""
+
     trainings: list[str] = field(
         default_factory=lambda: ["images", "requests"], metadata={"help": "Ways to train: images, requests."}
     )
     centred: bool = field(
         default=True, metadata={"help": "Train on requests with centred prompts, or with plain ones."}
     )
-    mosaics: int = field(default=200, metadata={"help": "Number of mosaics of the test, each for two requests."})
-    num_train_epochs: float = field(default=10.0, metadata={"help": "Epochs; of mosaics there are as many as images."})
-    seeds: int = field(default=3, metadata={"help": "How often an adapter is trained and tested."})
-    output_dir: str = field(default="outputs/steering", metadata={"help": "Folder for the table."})
     output_file: str | None = field(default=None, metadata={"help": "Draw two requests on one mosaic there."})
 
 
@@ -95,6 +104,11 @@ class Images:
         self.labels = torch.tensor([row["labels"] for row in rows])
         self.num_classes = num_classes
 
+    @cached_property
+    def tiles(self) -> torch.Tensor:
+        """The images at half their size. Shape: [images, 3, height / 2, width / 2]"""
+        return F.interpolate(self.pixels, scale_factor=0.5, mode="bilinear", antialias=True)
+
     def mosaics(self, number: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Random mosaics of 2 x 2 images of half the size, two of one class and two of another.
 
@@ -102,16 +116,19 @@ class Images:
             The mosaics, the classes of the tiles and the two classes. Shapes: [m, 3, height, width], [m, 4], [m, 2]
         """
         generator = torch.Generator().manual_seed(seed)
-        tiles = F.interpolate(self.pixels, scale_factor=0.5, mode="bilinear", antialias=True)
         scenes, classes, pairs = [], [], []
         for _ in range(number):
             pair = torch.randperm(self.num_classes, generator=generator)[:2]
             order = pair.repeat(2)[torch.randperm(4, generator=generator)]
-            parts = [tiles[self._one_of(int(label), generator)] for label in order]
-            scenes.append(torch.cat([torch.cat(parts[:2], dim=-1), torch.cat(parts[2:], dim=-1)], dim=-2))
+            scenes.append(self.mosaic(order, generator))
             classes.append(order)
             pairs.append(pair)
         return torch.stack(scenes), torch.stack(classes), torch.stack(pairs)
+
+    def mosaic(self, order: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Random images of the given classes, row by row. Shape: [4] -> [3, height, width]"""
+        parts = [self.tiles[self._one_of(int(label), generator)] for label in order]
+        return torch.cat([torch.cat(parts[:2], dim=-1), torch.cat(parts[2:], dim=-1)], dim=-2)
 
     def _one_of(self, label: int, generator: torch.Generator) -> int:
         of_class = (self.labels == label).nonzero().flatten()
@@ -125,7 +142,9 @@ class Steering:
         arguments: those of the script.
     """
 
-    def __init__(self, arguments: Arguments) -> None:
+    arguments: Any
+
+    def __init__(self, arguments: ImageArguments) -> None:
         self.arguments = arguments
         folder = Path(arguments.output_dir)
         self.base = arguments.model_name_or_path or small_vit(folder / "small_vit", arguments.pretraining_steps)
@@ -158,17 +177,24 @@ class Steering:
             self.draw(model).savefig(self.arguments.output_file, dpi=150)
         return pd.DataFrame(rows)
 
-    def trained(self, training: str, seed: int) -> PeftModel:
+    def trained(self, training: str, seed: int) -> nn.Module:
         """A model with a Lite adapter, trained on images or on requests."""
+        model, head = self.new_model("toast-lite", seed)
+        self.class_prompts = self.class_prompts or self.prompts_of_classes(model)  # pass 1 is frozen
+        rows = self.rows_of_images() if training == "images" else self.rows_of_requests(seed)
+        return self.fit(model, "toast-lite", head, rows, seed)
+
+    def new_model(self, method: str, seed: int) -> tuple[nn.Module, list[str]]:
+        """A classifier to be trained with a method, and the names of the modules of its new head."""
         set_seed(seed)
         model = AutoModelForImageClassification.from_pretrained(
             self.base, id2label=dict(enumerate(self.classes)), ignore_mismatched_sizes=True
         )
         head = [name for name, _ in model.named_children() if name != model.base_model_prefix]
-        lite = METHODS["toast-lite"]
-        model = get_peft_model(model, lite.config(modules_to_save=head))
-        self.class_prompts = self.class_prompts or self.prompts_of_classes(model)  # pass 1 is frozen
-        rows = self.rows_of_images() if training == "images" else self.rows_of_requests(seed)
+        return apply_method(model, method, modules_to_save=head), head
+
+    def fit(self, model: nn.Module, method: str, head: list[str], rows: Rows, seed: int) -> nn.Module:
+        """Train a model on rows, with the usual learning rate of the method."""
         arguments = TrainingArguments(
             output_dir=self.arguments.output_dir,
             num_train_epochs=self.arguments.num_train_epochs,
@@ -183,7 +209,8 @@ class Steering:
             remove_unused_columns=False,
             label_names=["labels"],
         )
-        optimizer = make_optimizer(model, lite.vision, NEW_MODULES_LEARNING_RATE, head)
+        new_modules = [] if method == "linear" else head
+        optimizer = make_optimizer(model, METHODS[method].vision, WEIGHT_DECAY, new_modules)
         trainer = Trainer(model, arguments, self.collate, rows, optimizers=(optimizer, None))
         trainer.remove_callback(PrinterCallback)
         trainer.train()

@@ -3,12 +3,14 @@
 python examples/benchmarks/tables.py
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 
 RESULTS = Path(__file__).parent / "results"
 IMAGES = ("dtd10", "flowers5", "cifar10")
+MOSAICS = ("dtd10", "flowers5")
 
 
 def mean_and_deviation(values: pd.Series, digits: int) -> str:
@@ -72,6 +74,71 @@ def segmentation() -> pd.DataFrame:
     return table.rename(index="`{}`".format)
 
 
+def focus_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """One row for each kind of map and method, the highest focus first.
+
+    Args:
+        runs: those of `focus.py`.
+    """
+    groups = runs.groupby(["relevance", "method"])
+    order = groups["focus"].mean().sort_values(ascending=False).index
+    table = groups[["focus", "accuracy"]].agg(mean_and_deviation, 1).loc[order].reset_index("relevance")
+    return table.rename(index="`{}`".format)
+
+
+def curves_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """One row for each kind of map of the method that patches were deleted and inserted with, the lowest first.
+
+    Args:
+        runs: those of `focus.py`.
+    """
+    groups = runs.dropna(subset=["deletion"]).groupby("relevance")[["deletion", "insertion"]]
+    return groups.agg(mean_and_deviation, 1).loc[groups.mean().sort_values("deletion").index]
+
+
+def shares_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """One row for each class, the one with most pixels first.
+
+    Args:
+        runs: those of `mask_shares.py`.
+    """
+    groups = runs.groupby("class", sort=False)
+    table = groups["pixels"].first().map("{:.1f} %".format).to_frame("share of pixels")
+    # Only the trained ones depend on the seed.
+    table["start"] = groups["start"].first().map("{:.2f}".format)
+    table["trained"] = groups["trained"].agg(mean_and_deviation, 2)
+    table["requested"] = groups["requested"].mean().map("{:.2f}".format).replace("nan", "")
+    return table.loc[groups["pixels"].first().sort_values(ascending=False).index]
+
+
+def side_by_side(table: Callable[[pd.DataFrame], pd.DataFrame], keys: list[str]) -> pd.DataFrame:
+    """One of the tables of `focus.py` for both data sets, in the order of the first.
+
+    Args:
+        table: makes it of runs.
+        keys: the columns that name a row; the first one becomes the index.
+    """
+    runs = {name: pd.read_csv(RESULTS / f"focus_{name}.csv") for name in MOSAICS}
+    tables = {name: table(frame).reset_index().set_index(keys) for name, frame in runs.items()}
+    named = [frame.rename(columns=f"{name}: {{}}".format) for name, frame in tables.items()]
+    return pd.concat(named, axis=1).reset_index(keys[1:])
+
+
+def focus() -> pd.DataFrame:
+    """Focus of each kind of map and method, in per cent."""
+    return side_by_side(focus_table, ["method", "relevance"])
+
+
+def curves() -> pd.DataFrame:
+    """Areas under deletion and insertion of patches with TOAST-Lite, in per cent."""
+    return side_by_side(curves_table, ["relevance"])
+
+
+def mask_shares() -> pd.DataFrame:
+    """The mask on the pixels of each class, relative to their number."""
+    return shares_table(pd.read_csv(RESULTS / "mask_shares_camvid.csv"))
+
+
 if __name__ == "__main__":
-    for table in (images(), forgetting(), segmentation()):
+    for table in (images(), forgetting(), segmentation(), focus(), curves(), mask_shares()):
         print(table.to_markdown(disable_numparse=True), end="\n\n")
