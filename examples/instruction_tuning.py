@@ -6,7 +6,7 @@
 
 The data has conversations as TRL takes them ("messages", or "prompt" and "completion"), or the columns "instruction",
 "input" and "output". Without a model and data it needs no network: a small LLaMA that has read docstrings of Python's
-standard library learns to answer what a function does.
+standard library is tuned to answer what a function does; so small, it learns what shows in the loss, not in answers.
 """
 
 import ast
@@ -110,11 +110,12 @@ def conversation(row: dict[str, str]) -> dict[str, list[dict[str, str]]]:
 
 
 def documented_functions() -> Iterator[dict[str, str]]:
-    """What the functions in Python's standard library do, by the first paragraph of their docstrings."""
+    """What the public functions in Python's standard library do, by the first paragraph of their docstrings."""
     known = set()
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         for node in ast.walk(ast.parse(path.read_bytes())):
-            if isinstance(node, ast.FunctionDef) and (text := ast.get_docstring(node)) and text not in known:
+            is_public = isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
+            if is_public and (text := ast.get_docstring(node)) and text not in known:
                 known.add(text)
                 question = f"What does {path.stem}.{node.name}({ast.unparse(node.args)}) do?"
                 yield {"instruction": question, "output": " ".join(text.split("\n\n")[0].split())}
@@ -149,6 +150,17 @@ def answer(model: PeftModel, tokenizer: PreTrainedTokenizerBase, messages: list[
     return tokenizer.decode(tokens[inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
+def show(model: PeftModel, tokenizer: PreTrainedTokenizerBase, row: dict[str, list[dict[str, str]]]) -> None:
+    """Print a question of a conversation with the answers of the base model, of the tuned one, and of the data."""
+    messages = row["prompt"] + row["completion"] if "prompt" in row else row["messages"]
+    first = next(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    with model.disable_adapter():
+        before = answer(model, tokenizer, messages[:first])
+    after = answer(model, tokenizer, messages[:first])
+    print(f"Question:  {messages[first - 1]['content']}\nBefore:    {before}")
+    print(f"After:     {after}\nReference: {messages[first]['content']}")
+
+
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Run the script, with arguments as on the command line; returns the metrics before and after."""
     arguments, config = parse(argv)
@@ -177,9 +189,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     trainer.save_model()  # model.save_pretrained(...) with the tokenizer, also in distributed training
     trainer.log_metrics("all", metrics)
     trainer.save_metrics("all", metrics, combined=False)
-    example = data["validation"][0]
-    question = example["prompt"] if "prompt" in example else example["messages"][:1]
-    print(question[-1]["content"], answer(trainer.model, tokenizer, question), sep="\n")
+    show(trainer.model, tokenizer, data["validation"][0])
+    print(f"Loss on held-out answers: {metrics['before_loss']:.3f} before, {metrics['eval_loss']:.3f} after.")
+    if arguments.model_name_or_path is None:
+        print("So small a model gives no useful answers; for these, name a real one by --model_name_or_path.")
     return metrics
 
 
