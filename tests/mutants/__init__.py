@@ -4,10 +4,19 @@ from .drafting import OF_DRAFTING
 from .forward import IN_A_FORWARD
 from .method import AROUND_IT
 from .mutant import Mutant
+from .second_pass import OF_THE_SECOND_PASS
 from .shared import OF_A_SHARED_CACHE
 from .steering import OF_STEERING
 from .stored import OF_STORED_FEATURES
 
-MUTANTS = [*IN_A_FORWARD, *AROUND_IT, *OF_STORED_FEATURES, *OF_A_SHARED_CACHE, *OF_DRAFTING, *OF_STEERING]
+MUTANTS = [
+    *IN_A_FORWARD,
+    *AROUND_IT,
+    *OF_STORED_FEATURES,
+    *OF_A_SHARED_CACHE,
+    *OF_DRAFTING,
+    *OF_STEERING,
+    *OF_THE_SECOND_PASS,
+]
 
 __all__ = ["MUTANTS", "Mutant"]

@@ -167,8 +167,9 @@ class FeatureSelection(TopDownLayer):
         if adapter_name in self.topdown_gate:
             gate = self.topdown_gate[adapter_name](compared, tokens or Tokens())
             mask = gate * mask
+        self.state.current.gate = gate
         if not torch.compiler.is_exporting():  # traced with tensors that hold no numbers
-            self.state.current.mask, self.state.current.gate = mask.detach(), gate
+            self.state.current.mask = mask.detach()
         return features, mask
 
     def _transform(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:

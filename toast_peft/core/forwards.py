@@ -257,7 +257,10 @@ class BackboneForward(ReplacedForward):
         run.feedback = self.path(
             features, adapter_name, compared, run.input_sizes, skip_closed=skip_closed, tokens=tokens
         )
-        if not torch.compiler.is_exporting():
+        run.second_pass = self.path.in_second_pass(adapter_name)
+        if torch.compiler.is_exporting():
+            self.state.current.gate = None
+        else:
             self.state.current.attention_mask = kwargs.get("attention_mask")
         run.first_pass = False
         self.state.current.run = run
@@ -296,9 +299,9 @@ class BackboneForward(ReplacedForward):
 
     def _of_open_rows(self, run: Run, kwargs: dict[str, Any]) -> Any:
         """The output of pass 2, which the rows without feedback have from pass 1."""
-        mask = self.state.current.mask
-        assert mask is not None
-        rows, batch_size = open_rows(mask), len(mask)
+        opened = self.state.current.opened
+        assert opened is not None
+        rows, batch_size = open_rows(opened), len(opened)
         # What another model records would have the open rows twice.
         arguments = rows_of_arguments(kwargs, rows, batch_size) if self.records_itself else None
         if len(rows) == batch_size or (len(rows) > 0 and arguments is None):

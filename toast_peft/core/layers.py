@@ -19,7 +19,8 @@ from .feature_selection import FeatureSelection
 from .feedback import low_rank, step_down
 from .gate import Tokens
 from .module_tree import to_device_of
-from .run import ThreadState
+from .run import SecondPass, ThreadState
+from .second_pass_lora import SecondPassLora
 from .topdown_layer import TopDownLayer, weight_of
 from .value_projection import input_size
 
@@ -194,6 +195,7 @@ class FeedbackPath(nn.Module):
         value_projection: a layer whose device and dtype the feature selection takes.
 
     Attributes:
+        second_pass: LoRA of pass 2, by the index of the block and the name of the target in it.
         passes: what runs the backbone twice and hands the feedback to its blocks.
         fused: computes the feedback of all blocks at once, `None` where it is not fused.
     """
@@ -206,6 +208,7 @@ class FeedbackPath(nn.Module):
         super().__init__()
         self.selection = FeatureSelection(value_projection)
         self.layers = nn.ModuleDict()
+        self.second_pass = nn.ModuleDict()
         self.register_module("fused", None)
 
     @property
@@ -231,6 +234,30 @@ class FeedbackPath(nn.Module):
         d = input_size(value_projection)
         return FeedbackLayer(value_projection, d, d)
 
+    def add_target(self, name: str, target: nn.Module) -> SecondPassLora:
+        """LoRA of pass 2 for a linear layer, made if it is not there; `name` begins with the index of its block."""
+        if name not in self.second_pass:
+            self.second_pass[name] = SecondPassLora(target)
+        return cast(SecondPassLora, self.second_pass[name])
+
+    def second_pass_layers(self, adapter_name: str, index: int | None = None) -> list[SecondPassLora]:
+        """LoRA of pass 2 of an adapter, in all blocks or in one."""
+        prefix = "" if index is None else f"{index}-"
+        layers = [cast(SecondPassLora, self.second_pass[name]) for name in self.second_pass if name.startswith(prefix)]
+        return [layer for layer in layers if layer.has(adapter_name)]
+
+    def in_second_pass(self, adapter_name: str) -> SecondPass | None:
+        """What pass 2 adds besides the feedback that has just been computed."""
+        has_more = bool(self.second_pass_layers(adapter_name))
+        return SecondPass(adapter_name, self.state.current.gate) if has_more else None
+
+    def _opened(self, adapter_name: str, mask: torch.Tensor) -> torch.Tensor:
+        """Where the adapter may change something; LoRA of pass 2 does so whatever the mask. Shape: [b, n, 1]"""
+        second_pass = self.in_second_pass(adapter_name)
+        if second_pass is None:
+            return mask
+        return torch.ones_like(mask) if second_pass.gate is None else second_pass.gate
+
     @property
     def active_adapter(self) -> str | None:
         """The adapter whose feedback the next forward uses, `None` if there is none or it is disabled."""
@@ -241,7 +268,7 @@ class FeedbackPath(nn.Module):
 
     def drop_adapter(self, adapter_name: str) -> None:
         """Drop the weights of an adapter, which stays the active one: another of the same name takes its place."""
-        for layer in (self.selection, *map(self.layer, self.layers)):
+        for layer in (self.selection, *map(self.layer, self.layers), *self.second_pass_layers(adapter_name)):
             containers = [getattr(layer, name) for name in layer.adapter_layer_names + layer.other_param_names]
             for container in (*containers, layer.frozen_peft_weight_names):
                 if adapter_name in container:
@@ -277,7 +304,7 @@ class FeedbackPath(nn.Module):
             adapter_name: whose feedback.
             compared: what the prompt is compared with, `None` for the features themselves. Shape: as the features
             sizes: for each block the height and width of its input, where it is a map.
-            skip_closed: compute none if no token is selected.
+            skip_closed: compute none if the adapter changes no token.
             tokens: what a gate has to know of the tokens besides their features.
 
         Returns:
@@ -287,8 +314,10 @@ class FeedbackPath(nn.Module):
         features = to_device_of(self.selection, features)
         compared = None if compared is None else to_device_of(self.selection, compared)
         features, mask = self.selection.weigh(features, adapter_name, compared, tokens)
-        if skip_closed and self.state.current.all_closed():
-            return {}
+        if skip_closed:
+            self.state.current.opened = self._opened(adapter_name, mask)
+            if not bool(self.state.current.opened.any()):
+                return {}
         if self.fused is not None:
             return self.fused(features, mask)
         z = self._select(features, mask, adapter_name)

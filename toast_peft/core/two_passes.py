@@ -8,6 +8,7 @@ from torch import nn
 from .forwards import BackboneForward, BlockForward
 from .layers import FeedbackPath, feedback_paths
 from .prompt_input import PromptInput
+from .second_pass_lora import SecondPassHook, SecondPassLora
 from .stored_pass import Origin, StoredInput
 from .value_projection import ValueColumns, ValueHooks
 from .variational_loss import LossHook
@@ -39,6 +40,7 @@ class TwoPasses:
         ]
         self.backbone_forward = self.backbone_forward_class(stack, path, self.block_forwards)
         self.value_hooks: dict[int, ValueHooks] = {}
+        self.second_pass_hooks: dict[str, SecondPassHook] = {}
         self.loss_hook = LossHook(model, path)
         self.prompt_input = self._accept_prompts(model)
         self.stored_input: StoredInput | None = None
@@ -60,6 +62,11 @@ class TwoPasses:
         """Let the value projection of a block receive feedback."""
         if index not in self.value_hooks:
             self.value_hooks[index] = ValueHooks(value_projection, self.path.state, index, self.value_columns)
+
+    def add_in_second_pass(self, name: str, target: nn.Module, layer: SecondPassLora) -> None:
+        """Let a linear layer add something to its output in pass 2."""
+        if name not in self.second_pass_hooks:
+            self.second_pass_hooks[name] = SecondPassHook(target, self.path.state, layer)
 
     def accept_stored(self, model: nn.Module, origin: Origin) -> None:
         """Let a model take what pass 1 has computed as one more input.
@@ -86,6 +93,6 @@ class TwoPasses:
             self.prompt_input.remove()
         for forward in (self.backbone_forward, *self.block_forwards):
             forward.remove()
-        for hooks in self.value_hooks.values():
+        for hooks in (*self.value_hooks.values(), *self.second_pass_hooks.values()):
             hooks.remove()
         self.loss_hook.remove()

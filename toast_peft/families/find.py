@@ -10,6 +10,7 @@ from .convnets import CONVNETS, make_convnet_stack
 from .hierarchies import HIERARCHIES, make_hierarchical_stack
 from .lookup import Row, known_backbones, model_type_of
 from .model_types import ARCHITECTURES
+from .second_pass_targets import with_second_pass_targets
 from .transformers import find_transformer_stacks
 
 _WITH_STAGES: tuple[tuple[Mapping[str, Row], Callable[..., Stack]], ...] = (
@@ -27,7 +28,7 @@ def find_stacks(model: nn.Module, config: TopDownConfig) -> Sequence[Stack]:
 
     Returns:
         One [`ConvNetStack`] for a ConvNet, one [`HierarchicalStack`] for a hierarchical transformer; for others what
-        [`find_transformer_stacks`] finds.
+        [`find_transformer_stacks`] finds, with the linear layers of pass 2.
 
     Raises:
         ValueError: if there is none, if it is not clear which of several is meant, or if `config` does not fit.
@@ -43,6 +44,11 @@ def find_stacks(model: nn.Module, config: TopDownConfig) -> Sequence[Stack]:
                     "blocks by `target_modules`, or adapt the module that holds the other before it becomes a part of "
                     "this model."
                 )
+            if config.pass2_target_modules is not None:
+                raise ValueError(
+                    f"`pass2_target_modules` is not for {type(model).__name__}, a ConvNet or a hierarchical "
+                    "transformer; leave it out, or adapt it with `LoraConfig`."
+                )
             [(backbone_name, architecture)] = known.items()
             return [make_stack(model, backbone_name, architecture, config)]
-    return find_transformer_stacks(model, config)
+    return with_second_pass_targets(model, find_transformer_stacks(model, config), config)
