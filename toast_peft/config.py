@@ -60,8 +60,8 @@ class TopDownConfig(PeftConfig):
         feedback_to: the feedback reaches down to block `feedback_to`; earlier blocks run only in the first pass. A
             block index, or a fraction of the depth as a float. A forward costs
             `(feedback_from + L - feedback_to) / L` times that of the base model with its `L` blocks.
-        trainable_parts: which of "prompt", "transform", "linear1", "linear2", and with `pass2_target_modules` "pass2",
-            are trained. Default: all.
+        trainable_parts: which of "prompt", "transform", "linear1", "linear2", with `pass2_target_modules` "pass2"
+            and with `feedback_to_output` "output" are trained. Default: all that there are.
         init_weights: True starts as an exact no-op (`linear1` identity, in a ConvNet the nearest to it, and `linear2`
             zero). False is the random initialisation of the official code, from which the adapted output differs from
             the base model's.
@@ -91,6 +91,8 @@ class TopDownConfig(PeftConfig):
             model, bit for bit. "sequence" looks at a row up to each token (at the whole row in a model whose tokens
             see those after them, and for images), "token" at each token alone. It is open everywhere until
             `toast_peft.fit_gate` is called. Default: None, no gate.
+        feedback_to_output: whether the selected features also go to the output of the backbone, in pass 2, by one more
+            `d x d` matrix (Lite: of rank `r`) that starts at zero: `final_norm(h) + W z`. Default: no.
         pass2_target_modules: linear layers of the blocks that get LoRA in pass 2, under the gate; pass 1 stays that of
             the base model. Names, as the ends of full names; a regular expression; or "all-linear" for all, but those
             of cross-attention. Only blocks from `feedback_to` on run in pass 2. Default: None, no LoRA.
@@ -148,8 +150,8 @@ class TopDownConfig(PeftConfig):
         default=None,
         metadata={
             "help": "Which of 'prompt' (weighs the tokens), 'transform' (maps the channels), 'linear1' (carries the "
-            "feedback from block to block), 'linear2' (turns it into a change of the values) and, if there are "
-            "pass2_target_modules, 'pass2' are trained. Default: all."
+            "feedback from block to block), 'linear2' (turns it into a change of the values), with "
+            "pass2_target_modules 'pass2' and with feedback_to_output 'output' are trained. Default: all."
         },
     )
     init_weights: bool = field(
@@ -212,6 +214,10 @@ class TopDownConfig(PeftConfig):
     )
     gate_report: dict[str, float] | None = field(
         default=None, metadata={"help": "How well the gate separates. Filled in."}
+    )
+    feedback_to_output: bool = field(
+        default=False,
+        metadata={"help": "Add the selected features, by one more matrix, to the output of the second pass."},
     )
     pass2_target_modules: list[str] | str | None = field(
         default=None,

@@ -11,7 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 
-TRAINABLE_PARTS = ("prompt", "transform", "linear1", "linear2", "pass2")
+TRAINABLE_PARTS = ("prompt", "transform", "linear1", "linear2", "pass2", "output")
 _ABOUT_PRETRAINED = ("pretrained_revision", "pretrained_subfolder", "share_pretrained_feedback")
 
 
@@ -76,6 +76,7 @@ _EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "pass2_r": ("a positive rank", _positive),
     "pass2_lora_alpha": ("a positive number", _positive),
     "pass2_lora_dropout": ("a probability in [0, 1)", lambda value: 0 <= value < 1),
+    "feedback_to_output": _SWITCH,
     "pass2_bias": ("'none' or 'all'", _any),
     "variational_weight": ("0 or a positive number", _not_negative),
     "variational_ignore_padding": _SWITCH,
@@ -138,7 +139,7 @@ def _is_number(value: Any) -> bool:
 
 def parts_of(config: Any) -> list[str]:
     """The parts that an adapter has, of those that can be trained."""
-    there = {"pass2": config.pass2_target_modules is not None}
+    there = {"pass2": config.pass2_target_modules is not None, "output": config.feedback_to_output}
     return [part for part in TRAINABLE_PARTS if there.get(part, True)]
 
 
@@ -204,7 +205,8 @@ def _check_second_pass(config: Any) -> None:
         )
     missing = [part for part in config.trainable_parts if part not in parts_of(config)]
     if missing:
+        option = {"pass2": "pass2_target_modules", "output": "feedback_to_output"}[missing[0]]
         raise ValueError(
             f"`trainable_parts` has {missing[0]!r}, which this adapter does not have; leave it out, or choose it with "
-            "`pass2_target_modules`."
+            f"`{option}`."
         )

@@ -3,6 +3,7 @@
 from .mutant import Mutant
 
 LORA = "features/test_pass2_lora.py -k "
+OUTPUT = "features/test_output_feedback.py -k "
 
 OF_THE_SECOND_PASS = [
     Mutant(
@@ -42,10 +43,10 @@ OF_THE_SECOND_PASS = [
         f"{LORA}'closed_gate_are_skipped and ViT and full'",
     ),
     Mutant(
-        "LoRA of pass 2: goes on for closed rows",
-        "feedback_to=self.feedback_from, second_pass=None)",
-        "feedback_to=self.feedback_from)",
-        f"{LORA}'closed_gate_are_skipped and ViT and early'",
+        "LoRA of pass 2: rank of the config and of the file differ",
+        "config.pass2_r if config.pass2_target_modules else 0)",
+        "0)",
+        f"{LORA}another_rank",
     ),
     Mutant(
         "LoRA of pass 2: no gradient from reentrant checkpointing",
@@ -76,5 +77,23 @@ OF_THE_SECOND_PASS = [
         '        "has LoRA of pass 2": path.in_second_pass(str(path.active_adapter)) is not None,\n',
         "",
         f"{LORA}drafting",
+    ),
+    Mutant(
+        "feedback to the output: lost where the feedback is fused",
+        "return self.fused(features, mask) | feedback",
+        "return self.fused(features, mask)",
+        f"{OUTPUT}'fused and ViT'",
+    ),
+    Mutant(
+        "feedback to the output: stays after unload",
+        "            self.output_hook.remove()",
+        "            pass",
+        f"{OUTPUT}'unload and ViT'",
+    ),
+    Mutant(
+        "feedback to the output: Lite without its scale",
+        "a, b, self.topdown_scaling[adapter_name])\n\n\nclass OutputHook",
+        "a, b, 1.0)\n\n\nclass OutputHook",
+        f"{OUTPUT}'that_of_the_formula and ViT and lite'",
     ),
 ]

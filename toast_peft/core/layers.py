@@ -19,6 +19,7 @@ from .feature_selection import FeatureSelection
 from .feedback import low_rank, step_down
 from .gate import Tokens
 from .module_tree import to_device_of
+from .output_feedback import TO_OUTPUT, OutputFeedback
 from .run import SecondPass, ThreadState
 from .second_pass_lora import SecondPassLora
 from .topdown_layer import TopDownLayer, weight_of
@@ -195,6 +196,7 @@ class FeedbackPath(nn.Module):
         value_projection: a layer whose device and dtype the feature selection takes.
 
     Attributes:
+        to_output: feedback to the output, `None` if no adapter has it.
         second_pass: LoRA of pass 2, by the index of the block and the name of the target in it.
         passes: what runs the backbone twice and hands the feedback to its blocks.
         fused: computes the feedback of all blocks at once, `None` where it is not fused.
@@ -202,6 +204,7 @@ class FeedbackPath(nn.Module):
 
     passes: "TwoPasses"
     fused: "FusedFeedback | None"
+    to_output: OutputFeedback | None
     keeps_shape: ClassVar[bool] = True  # whether each `linear1` is a matrix from the block's output to its input
 
     def __init__(self, value_projection: nn.Module) -> None:
@@ -209,6 +212,7 @@ class FeedbackPath(nn.Module):
         self.selection = FeatureSelection(value_projection)
         self.layers = nn.ModuleDict()
         self.second_pass = nn.ModuleDict()
+        self.register_module("to_output", None)
         self.register_module("fused", None)
 
     @property
@@ -233,6 +237,12 @@ class FeedbackPath(nn.Module):
     def _new_layer(self, index: int, value_projection: nn.Module, config: TopDownConfig) -> FeedbackLayer:
         d = input_size(value_projection)
         return FeedbackLayer(value_projection, d, d)
+
+    def add_output(self) -> OutputFeedback:
+        """Feedback to the output, made if it is not there."""
+        if self.to_output is None:
+            self.to_output = OutputFeedback(self.selection.value_projection)
+        return self.to_output
 
     def add_target(self, name: str, target: nn.Module) -> SecondPassLora:
         """LoRA of pass 2 for a linear layer, made if it is not there; `name` begins with the index of its block."""
@@ -268,7 +278,9 @@ class FeedbackPath(nn.Module):
 
     def drop_adapter(self, adapter_name: str) -> None:
         """Drop the weights of an adapter, which stays the active one: another of the same name takes its place."""
-        for layer in (self.selection, *map(self.layer, self.layers), *self.second_pass_layers(adapter_name)):
+        layers: list[TopDownLayer] = [self.selection, *map(self.layer, self.layers)]
+        layers += [*self.second_pass_layers(adapter_name), *([] if self.to_output is None else [self.to_output])]
+        for layer in layers:
             containers = [getattr(layer, name) for name in layer.adapter_layer_names + layer.other_param_names]
             for container in (*containers, layer.frozen_peft_weight_names):
                 if adapter_name in container:
@@ -309,7 +321,7 @@ class FeedbackPath(nn.Module):
 
         Returns:
             For each block index what is added to the input of its value projection; of fused feedback perhaps to its
-            output. Shape: as that
+            output. That to the output is there under `TO_OUTPUT`. Shape: as that
         """
         features = to_device_of(self.selection, features)
         compared = None if compared is None else to_device_of(self.selection, compared)
@@ -318,10 +330,13 @@ class FeedbackPath(nn.Module):
             self.state.current.opened = self._opened(adapter_name, mask)
             if not bool(self.state.current.opened.any()):
                 return {}
-        if self.fused is not None:
+        to_output = self.to_output if self.to_output is not None and self.to_output.has(adapter_name) else None
+        if self.fused is not None and to_output is None:
             return self.fused(features, mask)
         z = self._select(features, mask, adapter_name)
-        feedback = {}
+        feedback = {} if to_output is None else {TO_OUTPUT: to_output(z, adapter_name)}
+        if self.fused is not None:
+            return self.fused(features, mask) | feedback
         for index, layer in self.layers_of(adapter_name):
             z, feedback[index] = layer(to_device_of(layer, z), adapter_name, (sizes or {}).get(index, ()))
         return feedback

@@ -63,6 +63,9 @@ class Stack(ABC):
     def add_adapter(self, path: FeedbackPath, model: nn.Module, adapter_name: str, config: TopDownConfig) -> None:
         """Give a new adapter what it has besides the feedback layers of the blocks."""
         path.selection.update_layer(adapter_name, config, self.hidden_size, self.blocks_name)
+        if config.feedback_to_output:
+            path.add_output().update_layer(adapter_name, config, self.hidden_size)
+            path.passes.steer_output()
         for name, full_name in self.second_pass.items():
             target = model.get_submodule(full_name)
             layer = path.add_target(name, target)

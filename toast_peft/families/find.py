@@ -44,11 +44,19 @@ def find_stacks(model: nn.Module, config: TopDownConfig) -> Sequence[Stack]:
                     "blocks by `target_modules`, or adapt the module that holds the other before it becomes a part of "
                     "this model."
                 )
-            if config.pass2_target_modules is not None:
-                raise ValueError(
-                    f"`pass2_target_modules` is not for {type(model).__name__}, a ConvNet or a hierarchical "
-                    "transformer; leave it out, or adapt it with `LoraConfig`."
-                )
+            for name in ("pass2_target_modules", "feedback_to_output"):
+                if getattr(config, name):
+                    raise ValueError(
+                        f"`{name}` is not for {type(model).__name__}, a ConvNet or a hierarchical transformer; leave "
+                        "it out."
+                    )
             [(backbone_name, architecture)] = known.items()
             return [make_stack(model, backbone_name, architecture, config)]
-    return with_second_pass_targets(model, find_transformer_stacks(model, config), config)
+    stacks = find_transformer_stacks(model, config)
+    without_norm = [stack.model_type for stack in stacks if stack.final_norm is None]
+    if config.feedback_to_output and without_norm:
+        raise ValueError(
+            f"`feedback_to_output=True` adds to what the final norm gives, but {without_norm[0]!r} has none or it is "
+            "not known; leave it out."
+        )
+    return with_second_pass_targets(model, stacks, config)
