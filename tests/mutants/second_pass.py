@@ -22,7 +22,7 @@ OF_THE_SECOND_PASS = [
         "LoRA of pass 2: of blocks below the loop",
         "list(enumerate(stack.blocks))[last:]",
         "list(enumerate(stack.blocks))",
-        f"{LORA}targets_are_in_the_blocks",
+        "features/test_pass2_targets.py -k targets_are_in_the_blocks",
     ),
     Mutant(
         "LoRA of pass 2: of cross-attention, whose keys and values are kept once",
