@@ -29,7 +29,7 @@ from ..helpers import (
 )
 from ..zoo import NUM_BLOCKS, VARIANTS, VIT_AND_LLAMA, add_noise, inputs_of, tiny_model
 from .test_gate import closed, gate_of, gated, inputs_for
-from .test_pass2_lora import hooks_on
+from .test_pass2_adapters import hooks_on
 from .test_shared_cache import BETWEEN, assert_equal_to_rounding, assert_same_numbers, generate, run_parts
 
 MODELS = [*VIT_AND_LLAMA, tf.GPT2LMHeadModel]

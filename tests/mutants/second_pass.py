@@ -3,6 +3,7 @@
 from .mutant import Mutant
 
 LORA = "features/test_pass2_lora.py -k "
+ADAPTERS = "features/test_pass2_adapters.py -k "
 OUTPUT = "features/test_output_feedback.py -k "
 
 OF_THE_SECOND_PASS = [
@@ -46,7 +47,7 @@ OF_THE_SECOND_PASS = [
         "LoRA of pass 2: rank of the config and of the file differ",
         "config.pass2_r if config.pass2_target_modules else 0)",
         "0)",
-        f"{LORA}another_rank",
+        f"{ADAPTERS}another_rank",
     ),
     Mutant(
         "LoRA of pass 2: no gradient from reentrant checkpointing",
@@ -64,13 +65,13 @@ OF_THE_SECOND_PASS = [
         "LoRA of pass 2: stays on a layer that LoRA has wrapped",
         "if isinstance(hooks, MovingHooks):",
         "if isinstance(hooks, MovingHooks) and not hasattr(hooks, 'layer'):",
-        f"{LORA}'either_order and Llama and TOAST'",
+        f"{ADAPTERS}'either_order and Llama and TOAST'",
     ),
     Mutant(
         "LoRA of pass 2: hooks stay after unload",
         "for hooks in (*self.value_hooks.values(), *self.second_pass_hooks.values()):",
         "for hooks in self.value_hooks.values():",
-        f"{LORA}'unload and ViT'",
+        f"{ADAPTERS}'unload and ViT'",
     ),
     Mutant(
         "LoRA of pass 2: drafted tokens get none",
