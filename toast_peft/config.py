@@ -8,7 +8,7 @@ from typing import Any, Literal
 from peft import PeftConfig
 from peft.utils import PeftType
 
-from .config_checks import TRAINABLE_PARTS, check_values
+from .config_checks import TRAINABLE_PARTS, check_combinations, check_values, parts_of
 from .saved_adapter import SavedAdapter
 
 # How the official code trains each of its stages. It has no pre-tuning for ViT; the weight is that in its `var_loss`.
@@ -60,7 +60,8 @@ class TopDownConfig(PeftConfig):
         feedback_to: the feedback reaches down to block `feedback_to`; earlier blocks run only in the first pass. A
             block index, or a fraction of the depth as a float. A forward costs
             `(feedback_from + L - feedback_to) / L` times that of the base model with its `L` blocks.
-        trainable_parts: which of "prompt", "transform", "linear1" and "linear2" are trained. Default: all.
+        trainable_parts: which of "prompt", "transform", "linear1", "linear2", with `pass2_target_modules` "pass2"
+            and with `feedback_to_output` "output" are trained. Default: all that there are.
         init_weights: True starts as an exact no-op (`linear1` identity, in a ConvNet the nearest to it, and `linear2`
             zero). False is the random initialisation of the official code, from which the adapted output differs from
             the base model's.
@@ -92,6 +93,15 @@ class TopDownConfig(PeftConfig):
             `toast_peft.fit_gate` is called. Default: None, no gate.
         feedback_scale: what the feedback is multiplied by, as the scale of a LoRA. A new or loaded adapter starts with
             it; `model.set_feedback_scale(...)` changes it later, and leaves this option, which is saved, as it is.
+        feedback_to_output: whether the selected features also go to the output of the backbone, in pass 2, by one more
+            `d x d` matrix (Lite: of rank `r`) that starts at zero: `final_norm(h) + W z`. Default: no.
+        pass2_target_modules: linear layers of the blocks that get LoRA in pass 2, under the gate; pass 1 stays that of
+            the base model. Names, as the ends of full names; a regular expression; or "all-linear" for all, but those
+            of cross-attention. Only blocks from `feedback_to` on run in pass 2. Default: None, no LoRA.
+        pass2_r: its rank.
+        pass2_lora_alpha: its product is scaled by `pass2_lora_alpha / pass2_r`.
+        pass2_lora_dropout: dropout on its input.
+        pass2_bias: "all" adds a bias to each of these layers as well, in pass 2 only. Default: "none".
         variational_weight: how much the variational loss counts in training: the mean squared difference between the
             input of a block and `linear1` of its output, summed over the blocks. It is added to `outputs.loss`; where
             the loss is computed outside of the model, add `model.variational_loss()` to it. For pre-tuning; the
@@ -142,8 +152,8 @@ class TopDownConfig(PeftConfig):
         default=None,
         metadata={
             "help": "Which of 'prompt' (weighs the tokens), 'transform' (maps the channels), 'linear1' (carries the "
-            "feedback from block to block) and 'linear2' (turns it into a change of the values) are trained. "
-            "Default: all."
+            "feedback from block to block), 'linear2' (turns it into a change of the values), with "
+            "pass2_target_modules 'pass2' and with feedback_to_output 'output' are trained. Default: all."
         },
     )
     init_weights: bool = field(
@@ -211,6 +221,26 @@ class TopDownConfig(PeftConfig):
     gate_report: dict[str, float] | None = field(
         default=None, metadata={"help": "How well the gate separates. Filled in."}
     )
+    feedback_to_output: bool = field(
+        default=False,
+        metadata={"help": "Add the selected features, by one more matrix, to the output of the second pass."},
+    )
+    pass2_target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Names or a regular expression of linear layers that get LoRA in the second pass only, or "
+            "'all-linear' for all in the blocks that run in it. Default: none."
+        },
+    )
+    pass2_r: int = field(default=8, metadata={"help": "Rank of the LoRA of pass2_target_modules."})
+    pass2_lora_alpha: float = field(
+        default=8, metadata={"help": "Its product is scaled by pass2_lora_alpha / pass2_r."}
+    )
+    pass2_lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of that product."})
+    pass2_bias: Literal["none", "all"] = field(
+        default="none",
+        metadata={"help": "'all' adds a bias to each of pass2_target_modules, in the second pass only."},
+    )
     variational_weight: float = field(
         default=0.0,
         metadata={
@@ -270,27 +300,11 @@ class TopDownConfig(PeftConfig):
         # Only a config that was saved with an adapter is made with these facts about the base model.
         self.is_of_saved_adapter = self.num_blocks is not None
         self.saved_adapter: SavedAdapter | None = None  # where it was read from, until it is used; never saved
-        for name in ("target_modules", "exclude_modules"):
+        for name in ("target_modules", "exclude_modules", "pass2_target_modules"):
             if isinstance(getattr(self, name), (list, tuple)):
                 setattr(self, name, set(getattr(self, name)))
-        self.trainable_parts = _in_order(self.trainable_parts)
-        self._check_range()
-        self._check_pretrained()
-        if self.skip_closed_rows and self.double_value_bias:
-            raise ValueError(
-                "`skip_closed_rows=True` cannot be used with `double_value_bias=True`, by which pass 2 differs from "
-                "pass 1 also where the feedback is zero; set one of them to False."
-            )
-        if self.gate is not None and self.double_value_bias:
-            raise ValueError(
-                f"`gate={self.gate!r}` cannot be used with `double_value_bias=True`, by which pass 2 differs from "
-                "pass 1 also where the gate is closed; set `gate=None` or `double_value_bias=False`."
-            )
-        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            raise ValueError(
-                "`layers_to_transform` cannot be used when `target_modules` is a regular expression; "
-                "select the blocks in the expression."
-            )
+        self.trainable_parts = _in_order(self)
+        check_combinations(self)
 
     @classmethod
     def from_pretrained(
@@ -371,29 +385,6 @@ class TopDownConfig(PeftConfig):
         for name, default in (_RUNTIME_OPTIONS | _BASE_FEEDBACK).items():
             setattr(self, name, default)
 
-    def _check_pretrained(self) -> None:
-        for name in list(_RUNTIME_OPTIONS)[1:]:
-            if getattr(self, name) and self.pretrained_feedback is None:
-                raise ValueError(
-                    f"`{name}={getattr(self, name)!r}` is about `pretrained_feedback`, which is not given; name the "
-                    "adapter to start from there."
-                )
-        for name in ("share_pretrained_feedback", "base_feedback"):
-            if getattr(self, name) and self.r == 0:
-                raise ValueError(
-                    f"`{name}={getattr(self, name)!r}` needs fixed matrices, but with `r=0` they are trained; "
-                    "expected a positive rank (Lite)."
-                )
-
-    def _check_range(self) -> None:
-        for name in ("feedback_from", "feedback_to"):
-            value = getattr(self, name)
-            if isinstance(value, float) and value > 1:
-                raise ValueError(
-                    f"`{name}` is {value!r}; as a float it is a fraction of the depth, between 0.0 and 1.0. "
-                    f"Give a block index as an int."
-                )
-
     def feedback_range(self, num_blocks: int) -> tuple[int, int]:
         """The blocks of the feedback loop, `feedback_to <= l < feedback_from`, in a model with `num_blocks` blocks.
 
@@ -414,6 +405,8 @@ class TopDownConfig(PeftConfig):
         return first, last
 
 
-def _in_order(parts: list[str] | str | None) -> list[str]:
-    chosen = TRAINABLE_PARTS if parts is None else [parts] if isinstance(parts, str) else parts
+def _in_order(config: TopDownConfig) -> list[str]:
+    """The parts that are trained, by default all that there are."""
+    parts = config.trainable_parts
+    chosen = [parts] if isinstance(parts, str) else parts_of(config) if parts is None else parts
     return [part for part in TRAINABLE_PARTS if part in chosen]

@@ -11,7 +11,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 
-TRAINABLE_PARTS = ("prompt", "transform", "linear1", "linear2")
+TRAINABLE_PARTS = ("prompt", "transform", "linear1", "linear2", "pass2", "output")
+_ABOUT_PRETRAINED = ("pretrained_revision", "pretrained_subfolder", "share_pretrained_feedback")
 
 
 def _any(value: Any) -> bool:
@@ -72,6 +73,12 @@ _EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "gate_is_causal": ("a dict with True or False for each list of blocks", _any),
     "gate_report": ("a dict of numbers", _any),
     "feedback_scale": ("a finite number; 1.0 is the feedback as it was trained, 0.0 none", _any),
+    "pass2_target_modules": ("'all-linear', a list of module names, or a valid regular expression", _are_names),
+    "pass2_r": ("a positive rank", _positive),
+    "pass2_lora_alpha": ("a positive number", _positive),
+    "pass2_lora_dropout": ("a probability in [0, 1)", lambda value: 0 <= value < 1),
+    "feedback_to_output": _SWITCH,
+    "pass2_bias": ("'none' or 'all'", _any),
     "variational_weight": ("0 or a positive number", _not_negative),
     "variational_ignore_padding": _SWITCH,
     "pretrained_feedback": ("the path of a saved adapter or its id on the Hub, as a string", _any),
@@ -129,3 +136,78 @@ def is_of_type(value: Any, annotation: Any) -> bool:
 def _is_number(value: Any) -> bool:
     """Neither a bool nor NaN, infinite or too large for float32."""
     return not isinstance(value, bool) and abs(value) <= torch.finfo(torch.float32).max
+
+
+def parts_of(config: Any) -> list[str]:
+    """The parts that an adapter has, of those that can be trained."""
+    there = {"pass2": config.pass2_target_modules is not None, "output": config.feedback_to_output}
+    return [part for part in TRAINABLE_PARTS if there.get(part, True)]
+
+
+def check_combinations(config: Any) -> None:
+    """Check options that are right by themselves, and may not fit each other.
+
+    Raises:
+        ValueError: for the first that do not.
+    """
+    _check_range(config)
+    _check_pretrained(config)
+    _check_second_pass(config)
+    if config.skip_closed_rows and config.double_value_bias:
+        raise ValueError(
+            "`skip_closed_rows=True` cannot be used with `double_value_bias=True`, by which pass 2 differs from "
+            "pass 1 also where the feedback is zero; set one of them to False."
+        )
+    if config.gate is not None and config.double_value_bias:
+        raise ValueError(
+            f"`gate={config.gate!r}` cannot be used with `double_value_bias=True`, by which pass 2 differs from "
+            "pass 1 also where the gate is closed; set `gate=None` or `double_value_bias=False`."
+        )
+    if isinstance(config.target_modules, str) and config.layers_to_transform is not None:
+        raise ValueError(
+            "`layers_to_transform` cannot be used when `target_modules` is a regular expression; "
+            "select the blocks in the expression."
+        )
+
+
+def _check_pretrained(config: Any) -> None:
+    for name in _ABOUT_PRETRAINED:
+        if getattr(config, name) and config.pretrained_feedback is None:
+            raise ValueError(
+                f"`{name}={getattr(config, name)!r}` is about `pretrained_feedback`, which is not given; name the "
+                "adapter to start from there."
+            )
+    for name in ("share_pretrained_feedback", "base_feedback"):
+        if getattr(config, name) and config.r == 0:
+            raise ValueError(
+                f"`{name}={getattr(config, name)!r}` needs fixed matrices, but with `r=0` they are trained; "
+                "expected a positive rank (Lite)."
+            )
+
+
+def _check_range(config: Any) -> None:
+    for name in ("feedback_from", "feedback_to"):
+        value = getattr(config, name)
+        if isinstance(value, float) and value > 1:
+            raise ValueError(
+                f"`{name}` is {value!r}; as a float it is a fraction of the depth, between 0.0 and 1.0. "
+                f"Give a block index as an int."
+            )
+
+
+def _check_second_pass(config: Any) -> None:
+    has_targets = config.pass2_target_modules is not None
+    if has_targets and not config.pass2_target_modules:
+        raise ValueError("`pass2_target_modules` is empty; name linear layers of the blocks, or leave it out.")
+    if config.pass2_bias != "none" and not has_targets:
+        raise ValueError(
+            f"`pass2_bias={config.pass2_bias!r}` is about `pass2_target_modules`, which is not given; name the linear "
+            "layers that get a bias there."
+        )
+    missing = [part for part in config.trainable_parts if part not in parts_of(config)]
+    if missing:
+        option = {"pass2": "pass2_target_modules", "output": "feedback_to_output"}[missing[0]]
+        raise ValueError(
+            f"`trainable_parts` has {missing[0]!r}, which this adapter does not have; leave it out, or choose it with "
+            f"`{option}`."
+        )

@@ -252,6 +252,8 @@ def _check_model(
         "is an encoder-decoder": model.config.is_encoder_decoder,
         "does not take `position_ids`": "position_ids" not in parameters,
         f"has a cache of {', '.join(sorted(kind.__name__ for kind in other))}": other,
+        "has feedback to the output": config.feedback_to_output,
+        "has LoRA of pass 2": path.in_second_pass(str(path.active_adapter)) is not None,
         "has a sequence gate": config.gate == "sequence",
         "adds biases twice in pass 2 (`double_value_bias`)": config.double_value_bias,
     }

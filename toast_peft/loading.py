@@ -77,14 +77,19 @@ def read_weights(config: TopDownConfig) -> dict[str, torch.Tensor] | None:
     if config.saved_adapter is None or config.pretrained_feedback or not config.saved_adapter.is_of(config):
         return None
     weights = config.saved_adapter.read_weights()
-    ranks = {tuple(tensor.shape[:1]) for name, tensor in weights.items() if ".topdown_linear1_A" in name}
-    if config.r > 0 and ranks != {(config.r,)}:
+    _check_rank(weights, ".topdown_linear1_A", "r", config.r)
+    _check_rank(weights, ".topdown_pass2_A", "pass2_r", config.pass2_r if config.pass2_target_modules else 0)
+    return weights
+
+
+def _check_rank(weights: dict[str, torch.Tensor], factor: str, option: str, rank: int) -> None:
+    ranks = {tuple(tensor.shape[:1]) for name, tensor in weights.items() if factor in name}
+    if rank > 0 and ranks != {(rank,)}:
         found = sorted(size for rank in ranks for size in rank) or "none"
         raise ValueError(
-            f"The config of the TOAST adapter says `r={config.r}`, but the ranks of the factors in its file are "
+            f"The config of the TOAST adapter says `{option}={rank}`, but the ranks of the factors in its file are "
             f"{found}; expected the same. One of the two files is damaged or of another adapter."
         )
-    return weights
 
 
 def by_names_of_parameters(

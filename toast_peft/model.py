@@ -147,7 +147,7 @@ class TopDownModel(BaseTuner):
         stack = next(stack for stack in self._stacks if current_key in stack.names)
         path = feedback_path_of(stack.backbone) or stack.add_feedback_path(self.model)
         if adapter_name not in path.selection.topdown_config:
-            path.selection.update_layer(adapter_name, peft_config, stack.hidden_size, stack.blocks_name)
+            stack.add_adapter(path, self.model, adapter_name, peft_config)
         index = stack.names[current_key]
         path.add_block(index, target, peft_config).update_layer(adapter_name, peft_config)
         path.passes.steer(index, target)

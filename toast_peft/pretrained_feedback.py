@@ -12,8 +12,11 @@ from .base_feedback import copy_weights, is_fixed_matrix, name_in_file, read_bas
 from .config import TopDownConfig
 from .core.feature_selection import FeatureSelection
 from .core.layers import FeedbackLayer
+from .core.output_feedback import OutputFeedback
+from .core.second_pass_lora import SecondPassLora
 from .core.topdown_layer import TopDownLayer, weight_of
 
+_OF_THE_OUTPUTS = (SecondPassLora, OutputFeedback)  # these start anew
 _LINEARS = ("topdown_linear1", "topdown_linear2")
 
 
@@ -24,8 +27,8 @@ def start_from_pretrained(model: nn.Module, adapter_name: str, config: TopDownCo
     the saved one. Else its matrices become `W + (lora_alpha / r) * B A` of the saved one, and its factors, if it has
     any, start as those of a new adapter.
 
-    Only feedback is copied, no head that was saved with it. Feedback of blocks outside of the new adapter's loop is
-    left out.
+    Only feedback to the values is copied, neither that to the output nor LoRA of pass 2 nor a head that was saved with
+    it. Feedback of blocks outside of the new adapter's loop is left out.
 
     Args:
         model: the base model with the new adapter.
@@ -40,13 +43,14 @@ def start_from_pretrained(model: nn.Module, adapter_name: str, config: TopDownCo
     """
     saved = _read_config(config)
     weights, commit = _read(saved, config)
-    layers = {
+    of_adapter = {
         name: layer
         for name, layer in model.named_modules()
         if isinstance(layer, TopDownLayer) and _parts(layer, adapter_name)
     }
+    layers = {name: layer for name, layer in of_adapter.items() if not isinstance(layer, _OF_THE_OUTPUTS)}
     found = _find(weights, layers, adapter_name, saved, config)
-    for layer in layers.values():
+    for layer in of_adapter.values():
         _prepare(layer, adapter_name, keeps_identity=_goes_on(saved, config) and saved.init_weights)
     started = {
         f"{name}.{part}.{adapter_name}.weight": tensor
@@ -148,6 +152,8 @@ def _prepare(layer: TopDownLayer, adapter_name: str, keeps_identity: bool) -> No
             part.to_empty(device="cpu")
         if isinstance(layer, FeedbackLayer):
             layer.reset_parameters(adapter_name, init_weights=True)
+        elif isinstance(layer, _OF_THE_OUTPUTS):
+            layer.reset_parameters(adapter_name)
         elif isinstance(layer, FeatureSelection):
             layer.add_gate(adapter_name, layer.topdown_config[adapter_name].gate)
         layer._move_adapter_to_device_of_base_layer(adapter_name)

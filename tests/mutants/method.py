@@ -129,7 +129,7 @@ AROUND_IT = [
     ),
     Mutant(
         "loading: rank of the config and of the file differ",
-        "if config.r > 0 and ranks != {(config.r,)}:",
+        "if rank > 0 and ranks != {(rank,)}:",
         "if False:",
         "features/test_unreadable_adapters.py features/test_damaged_adapters.py",
     ),

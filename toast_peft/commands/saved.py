@@ -10,7 +10,8 @@ from peft import PeftConfig, PeftType
 from ..card import described_gate, options_of
 from ..config import TopDownConfig
 
-_PARTS = ("prompt", "transform", "linear1", "linear2", "gate")
+_PARTS = ("prompt", "transform", "linear1", "linear2", "pass2", "output", "gate")
+_LAST = ("linear2", "pass2", "output")  # what has to be more than zero, of two factors B
 _OTHER = "modules saved as a whole"
 
 
@@ -118,8 +119,8 @@ def not_finite(weights: dict[str, torch.Tensor]) -> list[str]:
 
 
 def _notes(config: TopDownConfig, weights: dict[str, torch.Tensor]) -> list[str]:
-    """Whether there is feedback at all: the last matrix of each block decides, in TOAST-Lite with its factor B."""
-    last = [w for name, w in weights.items() if _part_of(name) == "linear2" and "topdown_linear2_A" not in name]
+    """Whether there is feedback at all: the last matrix of each block decides, of two factors B."""
+    last = [w for name, w in weights.items() if _part_of(name) in _LAST and "_A." not in name]
     is_zero = config.base_feedback is None and not any(bool(tensor.any()) for tensor in last)
     notes = ["its feedback is zero, as before training: the model is the base model."] if last and is_zero else []
     return [*notes, *([] if config.gate is None else [described_gate(config)])]

@@ -43,9 +43,11 @@ class CheckpointWithFeedback:
         if all(block.is_skipped(run) for block in self.blocks):
             return function(*args)
         again = run.part([block.index for block in self.blocks])
-        call = functools.partial(self.run, function, again)
+        # Reentrant checkpointing computes gradients of what is inside only if an argument wants one.
+        given = [*again.feedback.values(), *self.trained_inside(again)]
+        call = functools.partial(self.run, function, again, len(given))
         with self.compiled_call(run) if torch.compiler.is_compiling() else nullcontext():
-            output = self.checkpoint(call, *again.feedback.values(), *args)
+            output = self.checkpoint(call, *given, *args)
         self.note(run, args[0], output)
         return output
 
@@ -61,17 +63,24 @@ class CheckpointWithFeedback:
         off = run.first_pass and run.without_dropout
         return dropout_off(*(block.module for block in self.blocks)) if off else nullcontext()
 
+    def trained_inside(self, run: Run) -> list[nn.Parameter]:
+        """The parameters of the adapter that the blocks use themselves, which are those of LoRA of pass 2."""
+        if run.second_pass is None:
+            return []
+        paths = [(block.path, block.index) for block in self.blocks]
+        layers = [layer for path, i in paths for layer in path.second_pass_layers(run.second_pass.adapter_name, i)]
+        return [parameter for layer in layers for parameter in layer.trained(run.second_pass.adapter_name)]
+
     def note(self, run: Run, hidden_states: torch.Tensor, output: Any) -> None:
         """Note the output with its graph, which the inside of a reentrant checkpoint has not. Shape: [b, n, d]"""
         [block] = self.blocks
         block.note(run, hidden_states, output)
 
-    def run(self, function: Callable, run: Run, *args: Any) -> Any:
+    def run(self, function: Callable, run: Run, number: int, *args: Any) -> Any:
         """The checkpointed call, in the forward and again in the backward pass, where it may be another thread."""
-        number = len(run.feedback)
         if torch.compiler.is_compiling():  # traced in the running forward, and not run again from here
             return function(*args[number:])
-        feedback = dict(zip(run.feedback, args[:number], strict=True))
+        feedback = dict(zip(run.feedback, args[:number], strict=False))
         previous, self.state.current.run = self.state.current.run, replace(run, feedback=feedback)
         try:
             with self.without_dropout(run):

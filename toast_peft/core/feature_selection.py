@@ -167,11 +167,12 @@ class FeatureSelection(TopDownLayer):
         compared = features if compared is None else self._cast_input_dtype(compared, dtype)
         mask = self.topdown_prompt[adapter_name](compared, self.state.current.prompt)
         gate = None
-        if adapter_name in self.topdown_gate:
+        if self.topdown_config[adapter_name].gate is not None and adapter_name in self.topdown_gate:
             gate = self.topdown_gate[adapter_name](compared, tokens or Tokens())
             mask = gate * mask
+        self.state.current.gate = gate
         if not torch.compiler.is_exporting():  # traced with tensors that hold no numbers
-            self.state.current.mask, self.state.current.gate = mask.detach(), gate
+            self.state.current.mask = mask.detach()
         return features, mask
 
     def _transform(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:

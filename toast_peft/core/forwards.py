@@ -38,7 +38,7 @@ from .cache import (
 )
 from .checkpoint import CheckpointWithFeedback, unwrap_checkpoint, wrap_checkpoint
 from .dropout import has_dropout, pass_without_dropout
-from .gate import Tokens, own_tokens, tokens_of
+from .gate import tokens_for
 from .joint_pass import JointPass
 from .layers import FeedbackPath, hidden_states_of
 from .module_tree import is_trained
@@ -256,28 +256,19 @@ class BackboneForward(ReplacedForward):
         running_sum: RunningSum | None = None,
     ) -> None:
         """Compute the feedback. Arguments as those of the path."""
-        tokens = self._tokens(adapter_name, kwargs, features, running_sum)
+        config = self.path.selection.topdown_config[adapter_name]
+        tokens = None if config.gate is None else tokens_for(config.gate, kwargs, features, running_sum)
         run.feedback = self.path(
             features, adapter_name, compared, run.input_sizes, skip_closed=skip_closed, tokens=tokens
         )
-        if not torch.compiler.is_exporting():
+        if config.pass2_target_modules is not None:
+            run.second_pass = self.path.in_second_pass(adapter_name)
+        if torch.compiler.is_exporting():
+            self.state.current.gate = None
+        else:
             self.state.current.attention_mask = kwargs.get("attention_mask")
         run.first_pass = False
         self.state.current.run = run
-
-    def _tokens(
-        self, adapter_name: str, kwargs: dict[str, Any], features: torch.Tensor, running_sum: RunningSum | None
-    ) -> Tokens | None:
-        """What a gate has to know of the tokens besides their features. Shape: [b, n, d]"""
-        gate = self.path.selection.topdown_config[adapter_name].gate
-        if gate is None:
-            return None
-        num_tokens = features.flatten(1, -2).shape[1]
-        if gate == "sequence":
-            return tokens_of(kwargs, num_tokens, running_sum)
-        mask = kwargs.get("attention_mask")
-        is_of_these = isinstance(mask, torch.Tensor) and mask.shape == (len(features), num_tokens)
-        return Tokens(own_tokens(mask, num_tokens)) if is_of_these else Tokens()
 
     def _run_jointly(self, joint: JointPass, adapter_name: str, kwargs: dict[str, Any]) -> Any:
         """Both passes in one: some rows without feedback, the others with that of other features."""
@@ -299,10 +290,9 @@ class BackboneForward(ReplacedForward):
 
     def _of_open_rows(self, run: Run, kwargs: dict[str, Any]) -> Any:
         """The output of pass 2, which the rows without feedback have from pass 1."""
-        mask = self.state.current.mask
-        assert mask is not None
-        # Without feedback, as its strength is zero, no row is open whatever the mask says.
-        rows, batch_size = open_rows(mask if run.feedback else torch.zeros_like(mask)), len(mask)
+        opened = self.state.current.opened
+        assert opened is not None
+        rows, batch_size = open_rows(opened), len(opened)
         # What another model records would have the open rows twice.
         arguments = rows_of_arguments(kwargs, rows, batch_size) if self.records_itself else None
         if len(rows) == batch_size or (len(rows) > 0 and arguments is None):

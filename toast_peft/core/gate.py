@@ -134,6 +134,28 @@ def cosines(y: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
     return (F.normalize(y, dim=-1) * F.normalize(direction, dim=-1)).sum(-1)
 
 
+def tokens_for(
+    gate: str, kwargs: Mapping[str, Any], features: torch.Tensor, before: "RunningSum | None" = None
+) -> Tokens:
+    """What a gate has to know of the tokens of a forward besides their features.
+
+    Args:
+        gate: "sequence" or "token".
+        kwargs: the arguments of the backbone.
+        features: Shape: [b, n, d], of a map [b, h, w, d]
+        before: the sum over the tokens in the key-value cache.
+
+    Raises:
+        ValueError: if there is a mask from which a sequence gate cannot tell padding.
+    """
+    num_tokens = features[0, ..., 0].numel()
+    if gate == "sequence":
+        return tokens_of(kwargs, num_tokens, before)
+    mask = kwargs.get("attention_mask")
+    is_of_these = isinstance(mask, torch.Tensor) and mask.shape == (len(features), num_tokens)
+    return Tokens(own_tokens(mask, num_tokens)) if is_of_these else Tokens()
+
+
 def tokens_of(kwargs: Mapping[str, Any], num_tokens: int, before: "RunningSum | None" = None) -> Tokens:
     """What the arguments of a backbone say of its tokens.
 

@@ -19,7 +19,9 @@ from .feature_selection import FeatureSelection
 from .feedback import low_rank, step_down
 from .gate import Tokens
 from .module_tree import to_device_of
-from .run import ThreadState
+from .output_feedback import TO_OUTPUT, OutputFeedback
+from .run import SecondPass, ThreadState
+from .second_pass_lora import SecondPassLora
 from .topdown_layer import TopDownLayer, weight_of
 from .value_projection import input_size
 
@@ -194,18 +196,23 @@ class FeedbackPath(nn.Module):
         value_projection: a layer whose device and dtype the feature selection takes.
 
     Attributes:
+        to_output: feedback to the output, `None` if no adapter has it.
+        second_pass: LoRA of pass 2, by the index of the block and the name of the target in it.
         passes: what runs the backbone twice and hands the feedback to its blocks.
         fused: computes the feedback of all blocks at once, `None` where it is not fused.
     """
 
     passes: "TwoPasses"
     fused: "FusedFeedback | None"
+    to_output: OutputFeedback | None
     keeps_shape: ClassVar[bool] = True  # whether each `linear1` is a matrix from the block's output to its input
 
     def __init__(self, value_projection: nn.Module) -> None:
         super().__init__()
         self.selection = FeatureSelection(value_projection)
         self.layers = nn.ModuleDict()
+        self.second_pass = nn.ModuleDict()
+        self.register_module("to_output", None)
         self.register_module("fused", None)
 
     @property
@@ -231,6 +238,39 @@ class FeedbackPath(nn.Module):
         d = input_size(value_projection)
         return FeedbackLayer(value_projection, d, d)
 
+    def add_output(self) -> OutputFeedback:
+        """Feedback to the output, made if it is not there."""
+        if self.to_output is None:
+            self.to_output = OutputFeedback(self.selection.value_projection)
+        return self.to_output
+
+    def add_target(self, name: str, target: nn.Module) -> SecondPassLora:
+        """LoRA of pass 2 for a linear layer, made if it is not there; `name` begins with the index of its block."""
+        if name not in self.second_pass:
+            self.second_pass[name] = SecondPassLora(target)
+        return cast(SecondPassLora, self.second_pass[name])
+
+    def second_pass_layers(self, adapter_name: str, index: int | None = None) -> list[SecondPassLora]:
+        """LoRA of pass 2 of an adapter, in all blocks or in one."""
+        prefix = "" if index is None else f"{index}-"
+        layers = [cast(SecondPassLora, self.second_pass[name]) for name in self.second_pass if name.startswith(prefix)]
+        return [layer for layer in layers if layer.has(adapter_name)]
+
+    def in_second_pass(self, adapter_name: str) -> SecondPass | None:
+        """What pass 2 adds besides the feedback that has just been computed."""
+        if self.selection.topdown_config[adapter_name].pass2_target_modules is None:
+            return None
+        alpha = self.selection.topdown_feedback_scale[adapter_name]
+        is_void = alpha == 0 and self.selection.is_void_at_0(adapter_name)
+        return None if is_void else SecondPass(adapter_name, self.state.current.gate, alpha)
+
+    def _opened(self, adapter_name: str, mask: torch.Tensor) -> torch.Tensor:
+        """Where the adapter may change something; LoRA of pass 2 does so whatever the mask. Shape: [b, n, 1]"""
+        second_pass = self.in_second_pass(adapter_name)
+        if second_pass is None:
+            return mask
+        return torch.ones_like(mask) if second_pass.gate is None else second_pass.gate
+
     @property
     def active_adapter(self) -> str | None:
         """The adapter whose feedback the next forward uses, `None` if there is none or it is disabled."""
@@ -241,7 +281,9 @@ class FeedbackPath(nn.Module):
 
     def drop_adapter(self, adapter_name: str) -> None:
         """Drop the weights of an adapter, which stays the active one: another of the same name takes its place."""
-        for layer in (self.selection, *map(self.layer, self.layers)):
+        layers: list[TopDownLayer] = [self.selection, *map(self.layer, self.layers)]
+        layers += [*self.second_pass_layers(adapter_name), *([] if self.to_output is None else [self.to_output])]
+        for layer in layers:
             containers = [getattr(layer, name) for name in layer.adapter_layer_names + layer.other_param_names]
             for container in (*containers, layer.frozen_peft_weight_names):
                 if adapter_name in container:
@@ -277,25 +319,32 @@ class FeedbackPath(nn.Module):
             adapter_name: whose feedback.
             compared: what the prompt is compared with, `None` for the features themselves. Shape: as the features
             sizes: for each block the height and width of its input, where it is a map.
-            skip_closed: compute none if no token is selected.
+            skip_closed: compute none if the adapter changes no token.
             tokens: what a gate has to know of the tokens besides their features.
 
         Returns:
             For each block index what is added to the input of its value projection, times the strength; of fused
-            feedback perhaps to its output. Shape: as that
+            feedback perhaps to its output. That to the output is there under `TO_OUTPUT`. Shape: as that
         """
-        features = to_device_of(self.selection, features)
-        compared = None if compared is None else to_device_of(self.selection, compared)
-        selection = self.selection
+        selection, fused = self.selection, self.fused
+        features = to_device_of(selection, features)
+        compared = None if compared is None else to_device_of(selection, compared)
         features, mask = selection.weigh(features, adapter_name, compared, tokens)
         alpha = selection.topdown_feedback_scale[adapter_name]
-        if (skip_closed and self.state.current.all_closed()) or (alpha == 0 and selection.is_void_at_0(adapter_name)):
+        is_void = alpha == 0 and selection.is_void_at_0(adapter_name)
+        if skip_closed:
+            opened = torch.zeros_like(mask) if is_void else self._opened(adapter_name, mask)
+            self.state.current.opened, is_void = opened, not bool(opened.any())
+        if is_void:
             return {}
         mask = mask if alpha == 1 else alpha * mask  # the chain is linear, see `strength.py`
-        if self.fused is not None:
-            return self.fused(features, mask)
+        to_output = self.to_output if selection.topdown_config[adapter_name].feedback_to_output else None
+        if fused is not None and to_output is None:
+            return fused(features, mask)
         z = self._select(features, mask, adapter_name)
-        feedback = {}
+        feedback = {} if to_output is None else {TO_OUTPUT: to_output(z, adapter_name)}
+        if fused is not None:
+            return fused(features, mask) | feedback
         for index, layer in self.layers_of(adapter_name):
             z, feedback[index] = layer(to_device_of(layer, z), adapter_name, (sizes or {}).get(index, ()))
         return feedback

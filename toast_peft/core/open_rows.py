@@ -1,7 +1,8 @@
 """Pass 2 only where there is feedback: a row of the batch whose mask is zero everywhere is *closed*.
 
-Its feedback is zero, so pass 2 would compute what pass 1 has computed. Its blocks return that again; the *open* rows
-run a second time by themselves where the arguments of the forward can be cut into rows, else the whole batch does.
+With LoRA of pass 2, which does not ask the prompt, it is the row whose gate is. Nothing is added there, so pass 2
+would compute what pass 1 has computed. Its blocks return that again; the *open* rows run a second time by themselves
+where the arguments of the forward can be cut into rows, else the whole batch does.
 """
 
 from typing import Any
@@ -23,9 +24,9 @@ def may_skip_rows(config: TopDownConfig) -> bool:
     return config.skip_closed_rows and not torch.is_grad_enabled() and not is_traced
 
 
-def open_rows(mask: torch.Tensor) -> torch.Tensor:
-    """Indices of the rows of which some token is selected. Shapes: [b, n, 1] -> [number of open rows]"""
-    return mask.flatten(1).any(dim=1).nonzero().flatten()
+def open_rows(opened: torch.Tensor) -> torch.Tensor:
+    """Indices of the rows of which some token may be changed. Shapes: [b, n, 1] -> [number of open rows]"""
+    return opened.flatten(1).any(dim=1).nonzero().flatten()
 
 
 def rows_of_arguments(kwargs: dict[str, Any], rows: torch.Tensor, batch_size: int) -> dict[str, Any] | None:

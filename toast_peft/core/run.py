@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -14,6 +14,24 @@ if TYPE_CHECKING:
     from .prompt_input import GivenPrompt
     from .stored_pass import StoredPass
     from .variational_loss import Reconstruction
+
+
+class SecondPass(NamedTuple):
+    """What pass 2 adds besides the feedback.
+
+    Args:
+        adapter_name: whose LoRA of pass 2 adds something.
+        gate: how far the gate is open for each token, `None` without one. Shape: [b, n, 1]
+        scale: the strength of the adapter.
+    """
+
+    adapter_name: str
+    gate: torch.Tensor | None
+    scale: float
+
+    def of_rows(self, rows: torch.Tensor, batch_size: int) -> "SecondPass":
+        """That of some rows of the batch."""
+        return self._replace(gate=rows_of(self.gate, rows, batch_size))
 
 
 @dataclass
@@ -39,6 +57,7 @@ class Run:
         steered: the blocks whose value projection has been called in pass 2.
         kept_below: the outputs of the blocks below are kept in pass 1; those below `feedback_to` by default.
         keeps_features: keep the features in pass 2 as well, whose first rows are of pass 1.
+        second_pass: what pass 2 adds besides the feedback; `None` in pass 1, and where that is nothing.
     """
 
     feedback_from: int
@@ -58,6 +77,7 @@ class Run:
     steered: list[int] = field(default_factory=list)
     kept_below: int = 0
     keeps_features: bool = False
+    second_pass: SecondPass | None = None
 
     def __post_init__(self) -> None:
         self.kept_below = max(self.kept_below, self.feedback_to)
@@ -70,13 +90,14 @@ class Run:
 
     def without_feedback(self) -> "Run":
         """Pass 2 of closed rows: the blocks that pass 1 has run return their outputs again."""
-        return replace(self, feedback={}, feedback_to=self.feedback_from)
+        return replace(self, feedback={}, feedback_to=self.feedback_from, second_pass=None)
 
     def of_rows(self, rows: torch.Tensor, batch_size: int) -> "Run":
         """Pass 2 of some rows of the batch."""
         feedback = {index: rows_of(td, rows, batch_size) for index, td in self.feedback.items()}
         outputs = {index: rows_of(output, rows, batch_size) for index, output in self.outputs.items()}
-        return replace(self, feedback=feedback, outputs=outputs, steered=[], inputs={})
+        second_pass = None if self.second_pass is None else self.second_pass.of_rows(rows, batch_size)
+        return replace(self, feedback=feedback, outputs=outputs, steered=[], inputs={}, second_pass=second_pass)
 
 
 # A forward without feedback.
@@ -90,6 +111,7 @@ class Current:
         run: the state of the running forward, `None` outside of one.
         variational_loss: that of the last forward in training, until it is added to a loss.
         mask: of the last forward with feedback, how much of each token was selected. Shape: [b, n, 1], or [b, h, w, 1]
+        opened: of that forward, where the adapter may change something, if rows may be skipped. Shape: as the mask
         gate: of that forward, how far the gate was open, a factor of the mask; `None` without one. Shape: as the mask
         attention_mask: what that forward was called with.
         stored: what pass 1 of the next forward has computed already, `None` if it has to run.
@@ -102,16 +124,13 @@ class Current:
         self.run: Run | None = None
         self.variational_loss: torch.Tensor | None = None
         self.mask: torch.Tensor | None = None
+        self.opened: torch.Tensor | None = None
         self.gate: torch.Tensor | None = None
         self.attention_mask: Any = None
         self.stored: StoredPass | None = None
         self.joint: JointPass | None = None
         self.prompt: GivenPrompt | None = None
         self.without_second_pass = False
-
-    def all_closed(self) -> bool:
-        """Whether no token was selected in the last forward with feedback."""
-        return self.mask is not None and not bool(self.mask.any())
 
 
 class ThreadState(threading.local):

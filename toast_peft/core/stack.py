@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from ..config import TopDownConfig
 from .layers import FeedbackPath
 from .two_passes import TwoPasses
 
@@ -24,6 +25,7 @@ class Stack(ABC):
             index of its block.
         has_cache: whether the backbone may fill a key-value cache.
         excluded: names that `exclude_modules` leaves out of `names`.
+        second_pass: the full names in the model of the linear layers with LoRA of pass 2, by their names in the path.
     """
 
     backbone: nn.Module
@@ -35,6 +37,7 @@ class Stack(ABC):
     names: dict[str, int]
     has_cache: bool = False
     excluded: set[str] = field(default_factory=set)
+    second_pass: dict[str, str] = field(default_factory=dict)
 
     @property
     @abstractmethod
@@ -44,7 +47,11 @@ class Stack(ABC):
     @property
     def adapted_names(self) -> list[str]:
         """Full names of the modules that get another forward or hooks, and so must stay what they are."""
-        return [*self.names, *(f"{self.blocks_name}.{index}" for index in range(len(self.blocks)))]
+        return [
+            *self.names,
+            *self.second_pass.values(),
+            *(f"{self.blocks_name}.{index}" for index in range(len(self.blocks))),
+        ]
 
     def add_feedback_path(self, model: nn.Module) -> FeedbackPath:
         """Give the backbone, a part of `model`, a feedback path still without adapters, and let it run twice."""
@@ -52,6 +59,18 @@ class Stack(ABC):
         path.passes = self._new_passes(path, model)
         self.backbone.feedback_path = path
         return path
+
+    def add_adapter(self, path: FeedbackPath, model: nn.Module, adapter_name: str, config: TopDownConfig) -> None:
+        """Give a new adapter what it has besides the feedback layers of the blocks."""
+        path.selection.update_layer(adapter_name, config, self.hidden_size, self.blocks_name)
+        if config.feedback_to_output:
+            path.add_output().update_layer(adapter_name, config, self.hidden_size)
+            path.passes.steer_output()
+        for name, full_name in self.second_pass.items():
+            target = model.get_submodule(full_name)
+            layer = path.add_target(name, target)
+            layer.update_layer(adapter_name, config)
+            path.passes.add_in_second_pass(name, target, layer)
 
     @abstractmethod
     def _new_feedback_path(self) -> FeedbackPath: ...

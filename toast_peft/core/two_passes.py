@@ -7,7 +7,9 @@ from torch import nn
 
 from .forwards import BackboneForward, BlockForward
 from .layers import FeedbackPath, feedback_paths
+from .output_feedback import OutputHook
 from .prompt_input import PromptInput
+from .second_pass_lora import SecondPassHook, SecondPassLora
 from .stored_pass import Origin, StoredInput
 from .value_projection import ValueColumns, ValueHooks
 from .variational_loss import LossHook
@@ -39,6 +41,8 @@ class TwoPasses:
         ]
         self.backbone_forward = self.backbone_forward_class(stack, path, self.block_forwards)
         self.value_hooks: dict[int, ValueHooks] = {}
+        self.second_pass_hooks: dict[str, SecondPassHook] = {}
+        self.output_hook: OutputHook | None = None
         self.loss_hook = LossHook(model, path)
         self.prompt_input = self._accept_prompts(model)
         self.stored_input: StoredInput | None = None
@@ -60,6 +64,17 @@ class TwoPasses:
         """Let the value projection of a block receive feedback."""
         if index not in self.value_hooks:
             self.value_hooks[index] = ValueHooks(value_projection, self.path.state, index, self.value_columns)
+
+    def add_in_second_pass(self, name: str, target: nn.Module, layer: SecondPassLora) -> None:
+        """Let a linear layer add something to its output in pass 2."""
+        if name not in self.second_pass_hooks:
+            self.second_pass_hooks[name] = SecondPassHook(target, self.path.state, layer)
+
+    def steer_output(self) -> None:
+        """Let the output of the backbone receive feedback."""
+        if self.output_hook is None:
+            assert self.backbone_forward.final_norm is not None  # the config has been checked
+            self.output_hook = OutputHook(self.backbone_forward.final_norm, self.path.state)
 
     def accept_stored(self, model: nn.Module, origin: Origin) -> None:
         """Let a model take what pass 1 has computed as one more input.
@@ -86,6 +101,8 @@ class TwoPasses:
             self.prompt_input.remove()
         for forward in (self.backbone_forward, *self.block_forwards):
             forward.remove()
-        for hooks in self.value_hooks.values():
+        for hooks in (*self.value_hooks.values(), *self.second_pass_hooks.values()):
             hooks.remove()
+        if self.output_hook is not None:
+            self.output_hook.remove()
         self.loss_hook.remove()

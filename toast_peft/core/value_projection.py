@@ -6,11 +6,11 @@ from typing import NamedTuple, cast
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from .feedback import steer
+from .moving_hooks import MovingHooks
 from .run import Run, ThreadState
 
 
@@ -41,7 +41,7 @@ class ValueColumns(NamedTuple):
         values.add_(change.unflatten(-1, (self.parts, -1)))
 
 
-class ValueHooks:
+class ValueHooks(MovingHooks):
     """Hooks on a value projection: `v = W (h + td) + b`.
 
     Whoever looks at the input of a projection of values only with a hook of their own sees `h + td`. To the output of
@@ -72,23 +72,17 @@ class ValueHooks:
         self.index = index
         self.arrange = arrange
         self.columns = columns
-        self.module = value_projection
         self.folded: nn.Module | None = None
-        self.handles = self._hang_on(value_projection)
+        super().__init__(value_projection)
 
     def _hang_on(self, module: nn.Module) -> list[RemovableHandle]:
         if self.columns is not None:
-            return [module.register_forward_hook(self.replace_values)]
+            # First, as it computes the values anew, which LoRA of pass 2 adds to.
+            return [module.register_forward_hook(self.replace_values, prepend=True)]
         return [
             module.register_forward_pre_hook(self.add_feedback),
             module.register_forward_hook(self.add_bias_again),
         ]
-
-    def move_to(self, module: nn.Module) -> None:
-        """Take the hooks to the module that comes into the place of the value projection."""
-        self.remove()
-        self.module = module
-        self.handles = self._hang_on(module)
 
     def add_feedback(self, module: nn.Module, args: tuple) -> tuple | None:
         """The projection's arguments with the feedback added to the first one."""
@@ -167,11 +161,6 @@ class ValueHooks:
         finally:
             self.state.current.run = run
 
-    def remove(self) -> None:
-        """Remove the hooks."""
-        for handle in self.handles:
-            handle.remove()
-
 
 def is_plain(module: nn.Module, num_hooks: int) -> bool:
     """Whether a module is a linear layer and nothing more, so that its weight alone says what it computes.
@@ -192,25 +181,6 @@ def weight_matrix(module: nn.Module) -> torch.Tensor:
     """The weight of a plain linear layer. Shape: [out, in]"""
     weight = cast(nn.Parameter, module.weight)
     return weight.t() if isinstance(module, Conv1D) else weight  # GPT-2 stores it the other way round
-
-
-def _stay_in_place(parent: nn.Module, name: str, module: nn.Module | None) -> None:
-    """Move the hooks of a value projection to what is put in its place: a wrapper of LoRA, or what it has wrapped.
-
-    On the wrapped layer they would give the feedback to the layer alone and not to what LoRA adds to it.
-    """
-    replaced = parent._modules.get(name)
-    if replaced is None or module is None or replaced is module:
-        return
-    for hook in list(replaced._forward_hooks.values()):
-        hooks = getattr(hook, "__self__", None)
-        if isinstance(hooks, ValueHooks):
-            hooks.move_to(module)
-
-
-# torch calls it whenever a module becomes a child of another one. So nothing need be looked for at each forward, and a
-# model that is compiled right after LoRA has been put on it is traced with the hooks where they belong.
-register_module_module_registration_hook(_stay_in_place)
 
 
 def input_size(value_projection: nn.Module) -> int:

@@ -134,9 +134,9 @@ class _Forward:
             return {}
         added = feedback if path.fused is None else _not_fused(path, args, kwargs)
         channels = 1 if isinstance(path, ConvNetFeedbackPath) else -1
-        norms = {index: to_numpy(td.float().norm(dim=channels)) for index, td in sorted(added.items())}
-        # With `skip_closed_rows` there is none if nothing is selected.
         blocks = sorted(path.blocks_of(args[1]))
+        norms = {index: to_numpy(added[index].float().norm(dim=channels)) for index in blocks if index in added}
+        # With `skip_closed_rows` there is none if nothing is selected.
         self.feedback_norm = norms or {index: np.zeros_like(self.mask) for index in blocks}
         return None
 

@@ -10,6 +10,7 @@ from .convnets import CONVNETS, make_convnet_stack
 from .hierarchies import HIERARCHIES, make_hierarchical_stack
 from .lookup import Row, known_backbones, model_type_of
 from .model_types import ARCHITECTURES
+from .second_pass_targets import with_second_pass_targets
 from .transformers import find_transformer_stacks
 
 _WITH_STAGES: tuple[tuple[Mapping[str, Row], Callable[..., Stack]], ...] = (
@@ -27,7 +28,7 @@ def find_stacks(model: nn.Module, config: TopDownConfig) -> Sequence[Stack]:
 
     Returns:
         One [`ConvNetStack`] for a ConvNet, one [`HierarchicalStack`] for a hierarchical transformer; for others what
-        [`find_transformer_stacks`] finds.
+        [`find_transformer_stacks`] finds, with the linear layers of pass 2.
 
     Raises:
         ValueError: if there is none, if it is not clear which of several is meant, or if `config` does not fit.
@@ -43,6 +44,19 @@ def find_stacks(model: nn.Module, config: TopDownConfig) -> Sequence[Stack]:
                     "blocks by `target_modules`, or adapt the module that holds the other before it becomes a part of "
                     "this model."
                 )
+            for name in ("pass2_target_modules", "feedback_to_output"):
+                if getattr(config, name):
+                    raise ValueError(
+                        f"`{name}` is not for {type(model).__name__}, a ConvNet or a hierarchical transformer; leave "
+                        "it out."
+                    )
             [(backbone_name, architecture)] = known.items()
             return [make_stack(model, backbone_name, architecture, config)]
-    return find_transformer_stacks(model, config)
+    stacks = find_transformer_stacks(model, config)
+    without_norm = [stack.model_type for stack in stacks if stack.final_norm is None]
+    if config.feedback_to_output and without_norm:
+        raise ValueError(
+            f"`feedback_to_output=True` adds to what the final norm gives, but {without_norm[0]!r} has none or it is "
+            "not known; leave it out."
+        )
+    return with_second_pass_targets(model, stacks, config)

@@ -1,0 +1,165 @@
+"""LoRA in pass 2 only: what the linear layers of the blocks add there, under the gate of the adapter.
+
+    pass 1:  y = W x + c
+    pass 2:  y = W x + c + g ((alpha / r) B A x + b)          all times the strength of the adapter (`strength.py`)
+
+Pass 1 stays the base model, so that the features and the gate `g` are those of the base model as well. Of a value
+projection `x` is `h + td`, as its hook gives it; of one that computes queries and keys too, `x` is `h`.
+
+Notation used for tensor shapes:
+    - b: batch size
+    - n: number of tokens
+    - in, out: number of channels that a target takes and gives
+"""
+
+import math
+from typing import ClassVar, cast
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from ..config import TopDownConfig
+from .feedback import low_rank
+from .module_tree import to_device_of
+from .moving_hooks import MovingHooks
+from .run import ThreadState
+from .topdown_layer import TopDownLayer, weight_of
+from .value_projection import input_size, output_size
+
+
+class Bias(nn.Module):
+    """A bias as a module of its own, which starts at zero.
+
+    Args:
+        size: number of channels.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(size))
+
+
+class SecondPassLora(TopDownLayer):
+    """What one linear layer adds to its output in pass 2, `(alpha / r) B A x + b`; zero at the start.
+
+    Args:
+        target: the linear layer, which stays as it is, be it quantised or wrapped by another method.
+    """
+
+    adapter_layer_names = ("topdown_pass2_A", "topdown_pass2_B", "topdown_pass2_bias")
+    other_param_names = ("topdown_dropout", "topdown_scaling")
+    parts: ClassVar = dict.fromkeys(["pass2_A", "pass2_B", "pass2_bias"], "pass2")
+
+    def __init__(self, target: nn.Module) -> None:
+        super().__init__(target)
+        base = self.get_base_layer()
+        self.in_features, self.out_features = input_size(base), output_size(base)
+        self.topdown_pass2_A = nn.ModuleDict()
+        self.topdown_pass2_B = nn.ModuleDict()
+        self.topdown_pass2_bias = nn.ModuleDict()
+        self.topdown_dropout = nn.ModuleDict()
+        self.topdown_scaling: dict[str, float] = {}
+
+    def update_layer(self, adapter_name: str, config: TopDownConfig) -> None:
+        """Create the factors of an adapter, and its bias."""
+        r = config.pass2_r
+        self.topdown_pass2_A[adapter_name] = nn.Linear(self.in_features, r, bias=False)
+        self.topdown_pass2_B[adapter_name] = nn.Linear(r, self.out_features, bias=False)
+        if config.pass2_bias == "all":
+            self.topdown_pass2_bias[adapter_name] = Bias(self.out_features)
+        self.topdown_dropout[adapter_name] = nn.Dropout(config.pass2_lora_dropout)
+        self.topdown_scaling[adapter_name] = config.pass2_lora_alpha / r
+        self.reset_parameters(adapter_name)
+        self._finish_update(adapter_name, config)
+
+    def has(self, adapter_name: str) -> bool:
+        """Whether an adapter adds something here."""
+        return adapter_name in self.topdown_pass2_A
+
+    @torch.no_grad()
+    def reset_parameters(self, adapter_name: str) -> None:
+        """Start as an exact no-op, as LoRA does."""
+        nn.init.kaiming_uniform_(weight_of(self.topdown_pass2_A[adapter_name]), a=math.sqrt(5))
+        nn.init.zeros_(weight_of(self.topdown_pass2_B[adapter_name]))
+        if adapter_name in self.topdown_pass2_bias:
+            nn.init.zeros_(weight_of(self.topdown_pass2_bias[adapter_name]))
+
+    def trained(self, adapter_name: str) -> list[nn.Parameter]:
+        """The parameters of an adapter that want a gradient."""
+        containers = [getattr(self, name) for name in self.adapter_layer_names]
+        found = [weight_of(container[adapter_name]) for container in containers if adapter_name in container]
+        return [parameter for parameter in found if parameter.requires_grad]
+
+    def forward(
+        self, x: torch.Tensor, adapter_name: str, gate: torch.Tensor | None, scale: float = 1.0
+    ) -> torch.Tensor:
+        """What is added to the output.
+
+        Args:
+            x: the input of the target. Shape: [b, n, in], or [b * n, in]
+            adapter_name: whose factors.
+            gate: how far the gate is open for each token, `None` without one. Shape: [b, n, 1]
+            scale: the strength of the adapter.
+
+        Returns:
+            Shape: [b, n, out], or [b * n, out]
+        """
+        a, b = self.topdown_pass2_A[adapter_name], self.topdown_pass2_B[adapter_name]
+        x = self._cast_input_dtype(to_device_of(self, x), weight_of(a).dtype)
+        dropout = cast(nn.Dropout, self.topdown_dropout[adapter_name])
+        added = low_rank(dropout(x) if dropout.p > 0 else x, a, b, self.topdown_scaling[adapter_name])
+        if adapter_name in self.topdown_pass2_bias:
+            added = added + weight_of(self.topdown_pass2_bias[adapter_name])
+        added = added if scale == 1 else scale * added
+        return added if gate is None else gate_of_input(gate, x) * added
+
+
+def gate_of_input(gate: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The gate in the form of a module's input, token by token.
+
+    Args:
+        gate: Shape: [b, n, 1]
+        x: Shape: [b, n, in], or all tokens in one sequence, [b * n, in]
+
+    Returns:
+        Shape: [b, n, 1], or [b * n, 1]
+
+    Raises:
+        ValueError: if the module takes something else than the tokens.
+    """
+    if x.dim() == 2 and len(x) == gate.numel():
+        gate = gate.reshape(-1, 1)
+    if x.shape[:-1] != gate.shape[:-1]:  # they might still be broadcast
+        raise ValueError(
+            f"A module of `pass2_target_modules` takes an input of shape {list(x.shape)}, and the gate is for tokens "
+            f"of shape {list(gate.shape[:-1])}, so it is not known which value of it counts where. Leave this module "
+            "out, or the gate."
+        )
+    return gate.to(device=x.device, dtype=x.dtype)
+
+
+class SecondPassHook(MovingHooks):
+    """Hook on a linear layer, which adds to its output in pass 2.
+
+    Args:
+        target: the linear layer.
+        state: has the `run` of this thread, with the adapter that adds something, and its gate.
+        layer: computes what is added.
+    """
+
+    def __init__(self, target: nn.Module, state: ThreadState, layer: SecondPassLora) -> None:
+        self.state = state
+        self.layer = layer
+        super().__init__(target)
+
+    def _hang_on(self, module: nn.Module) -> list[RemovableHandle]:
+        return [module.register_forward_hook(self.add)]
+
+    def add(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
+        """The output in pass 2; where the gate is zero it is the same, bit for bit. Shape: [b, n, out]"""
+        run = self.state.current.run
+        if run is None or run.second_pass is None or not self.layer.has(run.second_pass.adapter_name):
+            return None
+        added = self.layer(args[0], *run.second_pass)
+        return output + added.to(device=output.device, dtype=output.dtype)
