@@ -4,10 +4,10 @@ r"""What does a gate leave as it was, and what does it cost? Perplexities of a t
     python examples/benchmarks/gates.py --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct \
         --target shakespeare --reference wikitext stories --others questions --output_dir mine
 
-Each of these is a folder with a train and a test file, .jsonl or .jsonl.gz. A TOAST-Lite adapter learns the target,
-with the gate from the start or without it; that one is then measured again under a gate. The gate is fitted to blocks
-of the target and of each reference; of the other texts it has seen nothing. Beside it is LoRA on all linear layers,
-scaled after training, as anyone can do. All texts are joined and cut into blocks.
+Each of these is a folder with a train and a test file, .jsonl or .jsonl.gz. Adapters learn the target, TOAST-Lite and
+LoRA in pass 2, with the gate from the start or without it; those are then measured again under a gate. The gate is
+fitted to blocks of the target and of each reference; of the other texts it has seen nothing. Beside them is LoRA on
+all linear layers, scaled after training, as anyone can do. All texts are joined and cut into blocks.
 
 The table has the perplexity of each test text, and behind it the percentage of its tokens whose logits are those of
 the base model, bit for bit.
@@ -20,6 +20,7 @@ import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ from transformers import (
 from toast_peft import fit_gate
 
 Rows = list[dict[str, Any]]
-TOAST, LORA = "toast-lite-initialized", "lora-all-linear"
+LORA = "lora-all-linear"
 
 
 @dataclass
@@ -62,6 +63,9 @@ class Arguments:
     target: str | None = field(default=None, metadata={"help": "Folder of the texts to learn. Default: docstrings."})
     reference: list[str] = field(default_factory=list, metadata={"help": "Folders of texts to leave alone."})
     others: list[str] = field(default_factory=list, metadata={"help": "Folders of texts that the gate never sees."})
+    methods: list[str] = field(
+        default_factory=lambda: ["toast-lite-initialized", "pass2-lora"], metadata={"help": "What gets a gate."}
+    )
     gates: list[str] = field(default_factory=lambda: ["sequence", "token"], metadata={"help": "Kinds of gates."})
     quantile: float | None = field(default=None, metadata={"help": "How strict the gate is. Default: 0.99."})
     scales: list[float] = field(default_factory=lambda: [1.0, 0.7, 0.5], metadata={"help": "Scales of LoRA."})
@@ -71,8 +75,9 @@ class Arguments:
     test_blocks: int = field(default=100, metadata={"help": "Test on so many blocks at most."})
     num_train_epochs: float = field(default=2.0, metadata={"help": "Epochs of each training."})
     per_device_train_batch_size: int = field(default=4, metadata={"help": "Blocks in a batch."})
-    toast_learning_rate: float | None = field(default=None, metadata={"help": "Default: that of `methods.py`."})
-    lora_learning_rate: float | None = field(default=None, metadata={"help": "Default: that of `methods.py`."})
+    learning_rates: list[str] = field(
+        default_factory=list, metadata={"help": "Those of methods, as method=rate. Default: as in `methods.py`."}
+    )
     seeds: int = field(default=3, metadata={"help": "How often everything is trained."})
     output_dir: str = field(default="outputs/gates", metadata={"help": "Folder for the table."})
 
@@ -113,16 +118,21 @@ class Gates:
         base = AutoModelForCausalLM.from_pretrained(self.base).eval()
         yield from self.measured(base, method="base", seed=0)
         for seed in range(self.arguments.seeds):
-            for gate in (None, *self.arguments.gates):
-                model = self.trained(TOAST, seed, gate)
-                yield from self.measured(model, "toast-lite" if gate is None else f"{gate} gate, then trained", seed)
+            for method, gate in product(self.arguments.methods, (None, *self.arguments.gates)):
+                model = self.trained(method, seed, gate)
+                yield from self.measured(model, method if gate is None else f"{gate} gate, then {method}", seed)
                 for later in self.arguments.gates if gate is None else []:
                     self.fit(model, later)
-                    yield from self.measured(model, f"trained, then {later} gate", seed)
-            lora = self.trained(LORA, seed)
-            for scale in self.arguments.scales:
-                with nullcontext() if scale == 1 else rescale_adapter_scale(lora, scale):
-                    yield from self.measured(lora, f"{LORA} x {scale:g}", seed)
+                    yield from self.measured(model, f"{method}, then {later} gate", seed)
+            if self.arguments.scales:
+                yield from self.of_lora(seed)
+
+    def of_lora(self, seed: int) -> Iterator[dict[str, Any]]:
+        """LoRA of both passes, with its output scaled."""
+        model = self.trained(LORA, seed)
+        for scale in self.arguments.scales:
+            with nullcontext() if scale == 1 else rescale_adapter_scale(model, scale):
+                yield from self.measured(model, f"{LORA} x {scale:g}", seed)
 
     def trained(self, method: str, seed: int, gate: str | None = None) -> PeftModel:
         """A model that has learned the target."""
@@ -133,13 +143,12 @@ class Gates:
         model = apply_method(model, method, batches, task_type="CAUSAL_LM")
         if gate is not None:
             self.fit(model, gate)
-        usual = METHODS[method].text
-        chosen = arguments.lora_learning_rate if method == LORA else arguments.toast_learning_rate
+        chosen = dict(rate.split("=") for rate in arguments.learning_rates)
         settings = TrainingArguments(
             output_dir=arguments.output_dir,
             num_train_epochs=arguments.num_train_epochs,
             per_device_train_batch_size=arguments.per_device_train_batch_size,
-            learning_rate=usual if chosen is None else chosen,
+            learning_rate=float(chosen.get(method, METHODS[method].text)),
             lr_scheduler_type="cosine",
             warmup_steps=0.1,
             seed=seed,

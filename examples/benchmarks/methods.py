@@ -38,6 +38,7 @@ class Method(NamedTuple):
 
 _lora = partial(LoraConfig, r=8, lora_alpha=16)
 _lite = partial(TopDownConfig, r=8)
+_second_pass = partial(TopDownConfig, r=1, trainable_parts=["pass2"], pass2_target_modules="all-linear")
 METHODS = {
     "linear": Method(1e-2, None),
     "full": Method(5e-5, 1.6e-4),
@@ -45,6 +46,7 @@ METHODS = {
     "vpt-deep": Method(1e-2, None),
     "lora": Method(2e-3, 5e-3, partial(_lora, target_modules=QUERIES_AND_VALUES)),
     "lora-all-linear": Method(2e-3, 5e-3, partial(_lora, target_modules="all-linear")),
+    "pass2-lora": Method(2e-3, 5e-3, partial(_second_pass, pass2_r=8, pass2_lora_alpha=16)),
     "toast": Method(2e-4, 3e-3, TopDownConfig),
     "toast-initialized": Method(2e-4, 3e-3, TopDownConfig),
     "toast-pretuned": Method(2e-4, 3e-3, TopDownConfig),
