@@ -33,7 +33,6 @@ from ..helpers import (
 )
 from ..zoo import NUM_BLOCKS, VARIANTS, VIT_AND_LLAMA, add_noise, inputs_of, tiny_model
 from .test_gate import closed, gate_of, gated, inputs_for
-from .test_quantized import checkpoint, quantized  # noqa: F401  # the first is a fixture
 from .test_shared_cache import BETWEEN, assert_equal_to_rounding, assert_same_numbers, generate, run_parts
 
 MODELS = [*VIT_AND_LLAMA, tf.GPT2LMHeadModel, tf.BertForSequenceClassification]
@@ -248,18 +247,6 @@ def test_autocast_and_half_precision() -> None:
         plain = output_of(tiny_model(tf.LlamaForCausalLM).bfloat16(), inputs_for(half))
         assert torch.equal(output_of(half, inputs_for(half)), plain)
     assert {p.dtype for name, p in half.named_parameters() if "pass2" in name} == {torch.float32}
-
-
-@pytest.mark.parametrize("quantization", ["bitsandbytes 8-bit", "bitsandbytes 4-bit", "torchao int8"])
-@pytest.mark.parametrize("model_class", [tf.LlamaForCausalLM])
-@pytest.mark.filterwarnings("ignore")
-def test_quantised_base(model_class: type, quantization: str, checkpoint: Path) -> None:  # noqa: F811
-    model = adapted(quantized(model_class, checkpoint, quantization).train(), **ONLY)
-    assert len(paths_of(model)[0].second_pass) == 7 * NUM_BLOCKS
-    loss_of(model).backward()
-    assert all(p.grad is not None for name, p in model.named_parameters() if "pass2" in name)
-    expected = output_of(quantized(model_class, checkpoint, quantization).train())
-    assert torch.equal(output_of(model), expected)
 
 
 # ---------------------------------------------------------------------------------------------------------- inference

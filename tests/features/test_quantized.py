@@ -12,8 +12,8 @@ from torchao.quantization import Int8WeightOnlyConfig
 
 from toast_peft import initialize_feedback
 
-from ..helpers import adapted, assert_same, output_of, steered, value_projections_of
-from ..zoo import VARIANTS, VIT_AND_LLAMA, inputs_of, tiny_model
+from ..helpers import adapted, assert_same, loss_of, output_of, paths_of, steered, value_projections_of
+from ..zoo import NUM_BLOCKS, VARIANTS, VIT_AND_LLAMA, inputs_of, tiny_model
 
 # How to quantise, and the value projection, or its weight, that results.
 QUANTIZATIONS: dict[str, tuple[Any, str]] = {
@@ -138,3 +138,16 @@ def test_gradients_are_close_to_those_in_full_precision(
         trained(**inputs_of(plain))[0].square().mean().backward()
         found.append(torch.cat([p.grad.flatten() for p in trained.parameters() if p.requires_grad]))
     assert nn.functional.cosine_similarity(*found, dim=0) > 0.97
+
+
+@quantizations
+@pytest.mark.parametrize("model_class", [tf.LlamaForCausalLM])
+@pytest.mark.filterwarnings("ignore")
+def test_lora_of_pass_2_on_quantised_layers(model_class: type, quantization: str, checkpoint: Path) -> None:
+    only = {"pass2_target_modules": "all-linear", "pass2_bias": "all", "trainable_parts": ["pass2"], "r": 2}
+    model = adapted(quantized(model_class, checkpoint, quantization).train(), **only)
+    assert len(paths_of(model)[0].second_pass) == 7 * NUM_BLOCKS
+    loss_of(model).backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if "pass2" in name)
+    expected = output_of(quantized(model_class, checkpoint, quantization).train())
+    assert torch.equal(output_of(model), expected)
