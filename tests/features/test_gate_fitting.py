@@ -135,6 +135,9 @@ def test_data_that_can_be_read_once() -> None:
 def test_reference_gets_the_output_of_the_base_model() -> None:
     model = llama()
     fit_gate(model, TARGET, REFERENCE, quantile=1.0)
+    for batch in REFERENCE:
+        output_of(model, batch)
+        assert not paths_of(model)[0].state.current.gate.any()
     inputs = REFERENCE[0] | {"use_cache": False}
     adapted_output = output_of(model, inputs)
     with model.disable_adapter():

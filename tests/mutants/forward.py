@@ -42,8 +42,8 @@ IN_A_FORWARD = [
     Mutant("Lite: not scaled", "return b(a(z)) * scaling", "return b(a(z))", f"{GOLDEN}vit_forward"),
     Mutant(
         "Lite: no dropout",
-        "low_rank(dropout(z) if dropout.p > 0 else z, a, b",
-        "low_rank(z, a, b",
+        "self.topdown_dropout[adapter_name])\n        return low_rank(dropout(z) if dropout.p > 0",
+        "self.topdown_dropout[adapter_name])\n        return low_rank(z if dropout.p > 0",
         "features/test_dropout.py -k dropout_of_the_factors",
     ),
     Mutant(
@@ -200,8 +200,8 @@ IN_A_FORWARD = [
     ),
     Mutant(
         "closed rows: outputs below the loop only are kept",
-        "run.kept_below = run.feedback_from\n        self._first_pass",
-        "run.kept_below = run.feedback_to\n        self._first_pass",
+        "            run.kept_below = run.feedback_from\n",
+        "            run.kept_below = run.feedback_to\n",
         "features/test_closed_rows.py -k 'closed_batch and ViT'",
     ),
     # ----------------------------------------------------------------------------------- value projections
@@ -286,8 +286,8 @@ IN_A_FORWARD = [
     ),
     Mutant(
         "cache: filled with the adapter, used without",
-        "if not _is_empty(cache):\n            raise",
-        "if False:\n            raise",
+        'if not _is_empty(cache):\n            raise ValueError(\n                f"This cache was filled with',
+        'if False:\n            raise ValueError(\n                f"This cache was filled with',
         "features/test_generation.py -k 'adapter_is_disabled and Llama'",
     ),
     Mutant(

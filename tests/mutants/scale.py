@@ -50,8 +50,8 @@ OF_A_SCALE = [
     ),
     Mutant(
         "feedback scale: rows that the mask opens run at 0",
-        "open_rows(mask if run.feedback else torch.zeros_like(mask))",
-        "open_rows(mask)",
+        "opened = torch.zeros_like(mask) if is_void else self._opened(adapter_name, mask)",
+        "opened = self._opened(adapter_name, mask)",
         f"{SCALE}one_forward",
     ),
     Mutant(

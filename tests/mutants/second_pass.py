@@ -81,8 +81,8 @@ OF_THE_SECOND_PASS = [
     ),
     Mutant(
         "feedback to the output: lost where the feedback is fused",
-        "return self.fused(features, mask) | feedback",
-        "return self.fused(features, mask)",
+        "return fused(features, mask) | feedback",
+        "return fused(features, mask)",
         f"{OUTPUT}'fused and ViT'",
     ),
     Mutant(
