@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import Cache, DynamicCache, StaticCache
 
 from toast_peft import TopDownConfig, draft_with_first_pass, explain, feedback_statistics, store_features
-from toast_peft.core.gate import first_of_texts, own_tokens
+from toast_peft.core.gate import Gate, Tokens, first_of_texts, own_tokens
 
 from ..helpers import (
     CACHE,
@@ -504,3 +504,8 @@ def test_explanation_and_statistics_have_it(model_class: type) -> None:
     assert feedback_statistics(model)["mean_gate"] == pytest.approx(gate_of(model).mean().item())
     assert explanation.plot() is not None
     assert explain(steered(tiny_model(model_class)), inputs_of(model)).gate is None
+
+
+def test_tokens_without_a_batch_are_refused() -> None:
+    with pytest.raises(NotImplementedError, match="all rows in one sequence"):
+        Gate(4, is_running=True)(torch.ones(3, 4), Tokens())

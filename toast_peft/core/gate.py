@@ -103,7 +103,15 @@ class Gate(nn.Module):
 
         Returns:
             Shape: [b, n, d], or [b, 1, d] for a whole row
+
+        Raises:
+            NotImplementedError: if the tokens have no batch dimension.
         """
+        if features.dim() < 3:
+            raise NotImplementedError(
+                f"The features of pass 1 have the shape {list(features.shape)}, all rows in one sequence, as in the "
+                "vision towers of Qwen-VL; a gate expected [batch, tokens, channels]. Set `gate=None` for this model."
+            )
         x = features.detach().flatten(1, -2)
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         return sequence_features(x, tokens, self.is_causal) if self.is_running else x
@@ -150,23 +158,14 @@ def tokens_for(
     """
     num_tokens = features[0, ..., 0].numel()
     if gate == "sequence":
-        return tokens_of(kwargs, num_tokens, before)
+        return _tokens_of_a_row(kwargs, num_tokens, before)
     mask = kwargs.get("attention_mask")
     is_of_these = isinstance(mask, torch.Tensor) and mask.shape == (len(features), num_tokens)
     return Tokens(own_tokens(mask, num_tokens)) if is_of_these else Tokens()
 
 
-def tokens_of(kwargs: Mapping[str, Any], num_tokens: int, before: "RunningSum | None" = None) -> Tokens:
-    """What the arguments of a backbone say of its tokens.
-
-    Args:
-        kwargs: the arguments.
-        num_tokens: n.
-        before: the sum over the tokens in the key-value cache.
-
-    Raises:
-        ValueError: if there is a mask from which padding cannot be told.
-    """
+def _tokens_of_a_row(kwargs: Mapping[str, Any], num_tokens: int, before: "RunningSum | None") -> Tokens:
+    """Padding, and where texts begin, for a sequence gate."""
     mask = kwargs.get("attention_mask")
     if isinstance(mask, Mapping):  # one for each kind of attention
         mask = mask.get("full_attention", next(iter(mask.values())))
