@@ -239,6 +239,15 @@ def lora_names(layers: list[str]) -> set[str]:
     }
 
 
+def pass2_names(layers: list[str]) -> set[str]:
+    return {
+        f"vit.feedback_path.second_pass.{block}-{layer.replace('.', '-')}.topdown_pass2_{factor}.weight"
+        for block in range(BLOCKS)
+        for layer in layers
+        for factor in "AB"
+    }
+
+
 def names_of_base(ending: str = "") -> set[str]:
     return {name for name, _ in tiny_vit().named_parameters() if name.endswith(ending)}
 
@@ -252,6 +261,7 @@ TRAINABLE = {
     "vpt-deep": {"prompts.weight"},
     "lora": lora_names([ATTENTION[0], ATTENTION[2]]),
     "lora-all-linear": lora_names([*ATTENTION, "mlp.fc1", "mlp.fc2"]),
+    "pass2-lora": pass2_names([*ATTENTION, "mlp.fc1", "mlp.fc2"]),
     "toast": toast_names(ALL),
     "toast-initialized": toast_names(ALL),
     "toast-pretuned": toast_names(ALL),
