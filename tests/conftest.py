@@ -2,6 +2,7 @@
 
 import gc
 import os
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
@@ -25,6 +26,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=300,
         help="how many tests/features/test_damaged_adapters.py tries",
     )
+
+
+# With `--cov` a test takes twice as long, one that compiles four times. The other cases of a test run the same lines.
+COUNTED_CASES = 8
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Lines that run are counted in the first cases of each test, and not in slow ones: what is found is a minimum."""
+    if not config.getoption("--cov", default=None):
+        return
+    cases: Counter = Counter()
+    for item in items:
+        name = item.nodeid.partition("[")[0]
+        cases[name] += 1
+        if cases[name] > COUNTED_CASES or item.get_closest_marker("slow"):
+            item.add_marker("no_cover")
 
 
 def pytest_collection_finish() -> None:
