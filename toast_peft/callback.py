@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from .collecting import device_of_inputs
 from .core.layers import FeedbackPath
+from .core.run import Selected
 from .core.variational_loss import last_variational_loss
 from .explanation.explain import explain
 
@@ -38,18 +39,29 @@ def feedback_statistics(model: nn.Module) -> dict[str, float]:
     Returns:
         `open_tokens`, the share of the tokens whose mask is above 0, and `mean_mask`, both from 0 to 1 and over all
         tokens of the batch but padding (`attention_mask` 0); with a gate `mean_gate` as well. Of an encoder-decoder
-        `encoder_open_tokens`, `decoder_open_tokens` and so on. Empty before the first forward.
+        `encoder_open_tokens`, `decoder_open_tokens` and so on; of several adapters `law_open_tokens`, by their names,
+        and in a mixed batch over the rows of each. Empty before the first forward.
     """
     named = {name: module for name, module in model.named_modules() if isinstance(module, FeedbackPath)}
     statistics: dict[str, float] = {}
     for name, path in named.items():
         prefix = "" if len(named) == 1 else f"{name.split('.')[-2]}_"
         current = path.state.current
-        values = mask_statistics(current.mask, current.attention_mask)
-        if current.gate is not None:
-            values["mean_gate"] = mask_statistics(current.gate, current.attention_mask)["mean_mask"]
-        statistics |= {prefix + key: value for key, value in values.items()}
+        for adapter_name, selected in current.selected.items():
+            of_adapter = prefix if len(current.selected) == 1 else f"{prefix}{adapter_name}_"
+            values = _statistics_of(selected, current.attention_mask)
+            statistics |= {of_adapter + key: value for key, value in values.items()}
     return statistics
+
+
+def _statistics_of(selected: Selected, attention_mask: Any) -> dict[str, float]:
+    rows = selected.rows
+    if rows is not None and isinstance(attention_mask, torch.Tensor) and len(attention_mask) == rows.batch_size:
+        attention_mask = rows.of(attention_mask)
+    values = mask_statistics(selected.mask, attention_mask)
+    if selected.gate is not None:
+        values["mean_gate"] = mask_statistics(selected.gate, attention_mask)["mean_mask"]
+    return values
 
 
 def mask_statistics(mask: torch.Tensor | None, attention_mask: Any) -> dict[str, float]:

@@ -72,7 +72,7 @@ class FirstPass:
         self.passes = self.path.passes
         self.forward = self.passes.backbone_forward
         self.config = self.path.selection.topdown_config[str(self.path.active_adapter)]
-        self.origin = self.forward.origin(self.config)
+        self.origin = self.forward.origin(str(self.path.active_adapter))
         kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
         parameters = inspect.signature(self.model.forward).parameters.values()
         unused = (STORED_INPUT, PROMPT_INPUT)  # in pass 1

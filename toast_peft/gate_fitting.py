@@ -82,7 +82,7 @@ class Compared:
     def add(self, path: FeedbackPath, args: tuple, kwargs: dict[str, Any]) -> None:
         """A hook: the features, after pass 1."""
         features, _, compared, _ = args
-        tokens: Tokens = kwargs["tokens"]._replace(before=None)  # not a second time
+        tokens: Tokens = kwargs["tokens"]
         y = self.gate.compared(features if compared is None else compared, tokens)
         if tokens.own is not None and tokens.own.shape == y.shape[:2]:
             y = y[tokens.own]

@@ -7,7 +7,7 @@ from copy import copy
 from typing import Any, cast
 
 import torch
-from peft import PeftConfig, PeftModel, TaskType
+from peft import PeftConfig, PeftModel
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -18,19 +18,18 @@ from .callback import feedback_statistics
 from .config import TopDownConfig
 from .core.fused_feedback import fuse, refuse_fused, unfuse
 from .core.layers import feedback_path_of, feedback_paths
+from .core.mixed_batch import mixed_batch
 from .core.prompt_input import given_prompt
 from .core.stack import Stack, remove_feedback_path
 from .core.strength import rescaled, set_scales
 from .core.topdown_layer import NO_MERGE, TopDownLayer, belongs_to
 from .core.variational_loss import last_variational_loss, total
 from .families.find import find_stacks
+from .fit_to_model import check_modules_to_save, check_task_type
 from .loading import SAVED_PREFIX, Load, by_names_of_parameters, check_weights, read_weights
 from .pretrained_feedback import start_from_pretrained
 from .prompt_start import start_prompts
 from .snapshot import Snapshot, restored_on_failure
-
-# Modules that PEFT itself adds to `modules_to_save` by task type, whether the model has them or not.
-_HEADS_ADDED_BY_PEFT = {"classifier", "score", "qa_outputs"}
 
 
 class TopDownModel(BaseTuner):
@@ -49,7 +48,7 @@ class TopDownModel(BaseTuner):
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         if isinstance(peft_config, dict):  # it comes from a `PeftModel`, which is made for a task
             for config in peft_config.values():
-                _check_task_type(model, config)
+                check_task_type(model, config)
         # Made now: if the model has adapters already, PEFT puts the config among theirs before the injection.
         self._loads: dict[str, Load] = {adapter_name: Load(Snapshot(model))}
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
@@ -110,7 +109,7 @@ class TopDownModel(BaseTuner):
         adapter_name, load = next(reversed(self._loads.items()))  # the one that is being injected
         stacks = load.stacks = find_stacks(self.model, peft_config)
         for stack in stacks:
-            _check_modules_to_save(self.model, peft_config, stack)
+            check_modules_to_save(self.model, peft_config, stack)
             if peft_config.normalize_features and stack.final_norm is None:
                 raise ValueError(
                     f"`normalize_features=True`, but {stack.model_type!r} has no final norm or it is not known; leave "
@@ -270,13 +269,20 @@ class TopDownModel(BaseTuner):
     # --------------------------------------------------------------------------------------- switching and removing
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Make an adapter the active one.
+        """Make an adapter the active one, or several of them, whose feedback is then summed.
+
+        With a gate each of several opens for its own inputs. A `PeftModel` takes one name only, as with LoRA; several
+        are activated by `model.base_model.set_adapter([...])`.
 
         Raises:
-            ValueError: if the feedback of another one is fused, or if several are named.
+            ValueError: if there is none of a name, if the feedback of another one is fused, or if more than one of
+                several has its own `modules_to_save`.
         """
         if adapter_name not in (self.active_adapter, self.active_adapters):
             refuse_fused(self.model, "switch adapters")
+        unknown = [] if isinstance(adapter_name, str) else [n for n in adapter_name if n not in self.peft_config]
+        if unknown:
+            raise ValueError(f"There are no adapters {unknown}; expected some of {list(self.peft_config)}.")
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -314,12 +320,12 @@ class TopDownModel(BaseTuner):
         )
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
-        if kwargs.get("adapter_names") is not None:
-            raise NotImplementedError(
-                "TOAST does not support `adapter_names`, a different adapter for each row of a batch. Run the rows of "
-                "each adapter in a batch of their own, after `set_adapter`."
-            )
-        return nullcontext()
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            return nullcontext()
+        refuse_fused(self.model, "run a mixed batch")
+        paths = [path for _, path in feedback_paths(self.model)]
+        return mixed_batch(self.model, paths, adapter_names, args, kwargs)
 
     # ------------------------------------------------------------------------------------------ saving and loading
 
@@ -385,37 +391,6 @@ def _with_base_model_facts(config: TopDownConfig, stacks: Sequence[Stack]) -> To
     for name, value in facts.items():
         setattr(config, name, value)
     return config
-
-
-def _check_task_type(model: nn.Module, config: TopDownConfig) -> None:
-    # The PEFT models of these tasks ask the model for it when the adapter is in it already.
-    if config.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and not hasattr(model, "prepare_inputs_for_generation"):
-        raise ValueError(
-            f"`task_type={TaskType(config.task_type).value!r}` is for a model that generates text, which "
-            f"{type(model).__name__} does not; leave it out, or adapt the model with its language modelling head."
-        )
-
-
-def _check_modules_to_save(model: nn.Module, config: TopDownConfig, stack: Stack) -> None:
-    names = [name for name, _ in model.named_modules()]
-    for wanted in config.modules_to_save or []:
-        matched = [name for name in names if name.endswith(wanted)]  # as PEFT does
-        if not matched and wanted not in _HEADS_ADDED_BY_PEFT:
-            raise ValueError(
-                f"`modules_to_save` names {wanted!r}, but {type(model).__name__} has no such module; its own are "
-                f"{[name for name, _ in model.named_children()]}."
-            )
-        nested = [name for name in matched if any(name.startswith(f"{other}.") for other in matched)]
-        if nested:
-            raise ValueError(
-                f"`modules_to_save` names {wanted!r}, which matches {nested[0]!r} inside of another match; PEFT would "
-                f"train a copy of it that is not used. Name just one of {matched}."
-            )
-        if any(f"{name}.".startswith(f"{match}.") for match in matched for name in stack.adapted_names):
-            raise ValueError(
-                f"`modules_to_save` names {wanted!r}, which is or holds a block or a module that gets "
-                "feedback; PEFT would copy it and the copy get none. Name modules inside of a block, or fine-tune all."
-            )
 
 
 def _drop_adapter(model: nn.Module, adapter_name: str) -> None:

@@ -156,7 +156,7 @@ def test_feedback_statistics() -> None:
     output_of(model)
     expected = model.feedback_statistics()
     model.fuse_feedback()
-    model.get_base_model().vit.feedback_path.state.current.mask = None
+    model.get_base_model().vit.feedback_path.state.current.selected = {}
     output_of(model)
     assert model.feedback_statistics() == expected
 

@@ -65,15 +65,17 @@ def gated(model_class: type, gate: str = "sequence", **options: Any) -> PeftMode
     return model
 
 
-def open_for_half(model: nn.Module, path: nn.Module, inputs: dict[str, torch.Tensor], is_causal: bool) -> None:
+def open_for_half(
+    model: nn.Module, path: nn.Module, inputs: dict[str, torch.Tensor], is_causal: bool, name: str = "default"
+) -> None:
     """Set a gate between what it compares in some inputs."""
-    gate = path.selection.topdown_gate["default"]
+    gate = path.selection.topdown_gate[name]
     gate.is_causal = is_causal
     compared: list[torch.Tensor] = []
 
     def keep(module: nn.Module, args: tuple) -> None:
         features, tokens = args
-        compared.append(gate.compared(features, tokens._replace(before=None)))
+        compared.append(gate.compared(features, tokens))
 
     with gate.register_forward_pre_hook(keep):
         output_of(model, inputs)

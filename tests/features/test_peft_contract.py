@@ -37,7 +37,7 @@ from ..helpers import (
     takes_adapters,
     trained_everywhere,
 )
-from ..zoo import MODELS, NUM_BLOCKS, RANGES, VARIANTS, VIT_AND_LLAMA, inputs_of, tiny_model
+from ..zoo import MODELS, NUM_BLOCKS, RANGES, VARIANTS, VIT_AND_LLAMA, tiny_model
 
 SAVED_FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
 
@@ -201,15 +201,16 @@ def test_deleting_all_adapters_gives_the_base_model() -> None:
     assert not any("topdown_" in name for name, _ in model.named_parameters())
 
 
-@pytest.mark.parametrize("part", ["PeftModel", "tuner", "transformers model"])
-def test_two_adapters_at_a_time_are_refused(part: str) -> None:
+def test_a_peft_model_takes_one_name() -> None:
+    """As with LoRA; several are activated by its tuner (`test_several_adapters.py`)."""
     model = with_two(tf.LlamaForCausalLM, {}, {})
     expected = output_of(model)
-    target = {"PeftModel": model, "tuner": model.base_model, "transformers model": model.base_model.model}[part]
-    target._hf_peft_config_loaded = True  # what transformers asks before it switches
     with pytest.raises((ValueError, TypeError)):
-        target.set_adapter(["default", "other"])
+        model.set_adapter(["default", "other"])
     assert model.active_adapter == "default" and torch.equal(output_of(model), expected)
+    model.base_model.set_adapter(["default", "other"])
+    assert model.active_adapters == ["default", "other"] and not torch.allclose(output_of(model), expected)
+    assert all(p.requires_grad for name in model.active_adapters for p in adapter_parameters(model, name).values())
 
 
 def test_status() -> None:
@@ -235,14 +236,6 @@ def test_parameter_counts(capsys: pytest.CaptureFixture) -> None:
     model.print_trainable_parameters()
     trainable = 32 + 32 * 32 + NUM_BLOCKS * 2 * 32 * 32
     assert f"trainable params: {trainable:,}" in capsys.readouterr().out
-
-
-def test_adapter_names_are_refused() -> None:
-    model = with_two(tf.LlamaForCausalLM, {}, {})
-    with pytest.raises(NotImplementedError, match="adapter_names"):
-        model(**inputs_of(model), adapter_names=["default", "other"])
-    with pytest.raises(NotImplementedError, match="adapter_names"):
-        model.generate(**inputs_of(model), adapter_names=["default", "other"])
 
 
 # -------------------------------------------------------------------------------------- without get_peft_model

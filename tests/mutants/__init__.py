@@ -7,13 +7,14 @@ from .method import AROUND_IT
 from .mutant import Mutant
 from .scale import OF_A_SCALE
 from .second_pass import OF_THE_SECOND_PASS
+from .several_adapters import OF_SEVERAL_ADAPTERS
 from .shared import OF_A_SHARED_CACHE
 from .steering import OF_STEERING
 from .stored import OF_STORED_FEATURES
 
 MUTANTS = [
     *(*IN_A_FORWARD, *AROUND_IT, *OF_STORED_FEATURES, *OF_A_SHARED_CACHE, *OF_DRAFTING),
-    *(*OF_STEERING, *OF_A_SCALE, *OF_A_GATE, *OF_THE_SECOND_PASS),
+    *(*OF_STEERING, *OF_A_SCALE, *OF_A_GATE, *OF_THE_SECOND_PASS, *OF_SEVERAL_ADAPTERS),
 ]
 
 __all__ = ["MUTANTS", "Mutant"]

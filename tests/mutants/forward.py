@@ -54,13 +54,13 @@ IN_A_FORWARD = [
     ),
     Mutant(
         "chain: from the bottom up",
-        "if self.layer(name).has(adapter_name)), reverse=True)",
-        "if self.layer(name).has(adapter_name)))",
+        "return sorted(chain, key=itemgetter(0), reverse=True)",
+        "return sorted(chain, key=itemgetter(0))",
         FORMULAS,
     ),
     Mutant(
         "features: without the final norm",
-        "return self._after_final_norm(features) if self._normalizes(run, config) else features, None",
+        "return self._after_final_norm(features) if self._normalizes(adapter) else features, None",
         "return features, None",
         FORMULAS,
     ),
@@ -79,8 +79,8 @@ IN_A_FORWARD = [
     ),
     Mutant(
         "pass 2: dropout of the lower blocks is left out",
-        "repeat_lower_blocks=is_random or any(",
-        "repeat_lower_blocks=any(",
+        "runs_again = is_random or (self.records_inside",
+        "runs_again = (self.records_inside",
         "features/test_dropout.py -k 'no_op_adapter_trains and ViT'",
     ),
     Mutant(
@@ -194,8 +194,8 @@ IN_A_FORWARD = [
     ),
     Mutant(
         "closed rows: skipped in training",
-        "return config.skip_closed_rows and not torch.is_grad_enabled() and not is_traced",
-        "return config.skip_closed_rows and not is_traced",
+        "if torch.is_grad_enabled() or torch.compiler.is_compiling() or",
+        "if torch.compiler.is_compiling() or",
         "features/test_closed_rows.py -k training",
     ),
     Mutant(
@@ -335,7 +335,7 @@ IN_A_FORWARD = [
     ),
     Mutant(
         "variational loss: forgotten by an evaluation",
-        "if model.training and self.path.active_adapter is not None:",
+        "if model.training and self.path.active_adapters:",
         "if True:",
         "features/test_variational_loss.py -k in_between",
     ),

@@ -15,8 +15,8 @@ OF_A_GATE = [
     ),
     Mutant(
         "gate: padding is counted",
-        "        steps = steps * tokens.own.unsqueeze(-1)\n",
-        "        pass\n",
+        "return steps if own is None else steps * own.unsqueeze(-1)",
+        "return steps",
         f"{GATE}formula",
     ),
     Mutant(
@@ -37,9 +37,7 @@ OF_A_GATE = [
         "return sums.gather(",
         f"{GATE}packed",
     ),
-    Mutant(
-        "gate: the cache is not asked", "if tokens.before is not None:", "if False:", f"{GATE}cached_is_recomputed"
-    ),
+    Mutant("gate: the cache is not asked", "if tokens.sums is not None:", "if False:", f"{GATE}cached_is_recomputed"),
     Mutant(
         "gate: last token of a static cache is the next one",
         "(length - 1).clamp(min=0).view(1)",
@@ -67,8 +65,8 @@ OF_A_GATE = [
     ),
     Mutant(
         "gate: features are in the graph",
-        "x = features.detach().flatten(1, -2)",
-        "x = features.flatten(1, -2).sin()",
+        "x = _precise(features.detach().flatten(1, -2))",
+        "x = _precise(features.flatten(1, -2).sin())",
         f"{GATE}formula",
     ),
     Mutant(

@@ -6,7 +6,7 @@ those above do not run in pass 1.) Everything that generation does to a cache - 
 runs over its layers and so serves both passes. Where no row has had feedback yet they may share all layers, and the
 cache is that of the base model (`shared_layers.py`).
 
-A sequence gate keeps its running sum in one layer more, behind these (`running_sum.py`).
+Sequence gates keep their running sums in layers of their own, behind these (`running_sum.py`).
 
 In a decoder with cross-attention this is so for the cache of its self-attention. The keys and values of the encoder's
 states are the same in both passes and kept once.
@@ -16,7 +16,7 @@ import copy
 import inspect
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -68,14 +68,15 @@ class CacheOwner(NamedTuple):
     """Whom a cache is for.
 
     Args:
-        adapter_name: the adapter, for messages.
-        identity: what tells it from others of that name: of another model, or deleted since.
+        adapter_name: the adapter, or all of them, for messages.
+        identity: what tells each from others of that name: of another model, or deleted since. In a mixed batch that
+            of the adapter of each row, `None` for the base model.
         feedback_from: of its blocks, pass 1 runs those below.
         feedback_to: and both passes compute the same in those below this one.
     """
 
     adapter_name: str
-    identity: str
+    identity: tuple[str | None, ...]
     feedback_from: int
     feedback_to: int
 
@@ -88,13 +89,13 @@ class Passes:
         owner: the adapter that the cache is for.
         num_layers: number of layers that the cache has for one pass; the further ones are those of pass 1.
         first_pass: what pass 1 sees of the cache, `None` as long as both passes share its layers.
-        sums: the layer with the running sum of a sequence gate, `None` without one; it is the cache's last layer.
+        sums: the layers with the running sums of sequence gates, which are the cache's last.
     """
 
     owner: CacheOwner
     num_layers: int
     first_pass: Cache | None = None
-    sums: Layer | None = None
+    sums: list[Layer] = field(default_factory=list)
 
 
 def refuse_two_pass_cache(kwargs: dict[str, Any]) -> None:
@@ -141,12 +142,12 @@ class TwoPassCache:
         owner: the active adapter.
         has_cross_attention: whether the blocks attend to an encoder's states as well.
         may_share: whether the passes go on sharing the layers of a cache that has had no feedback.
-        keeps_sum: whether a sequence gate keeps its running sum in the cache.
+        num_sums: number of running sums that sequence gates keep in the cache.
 
     Attributes:
         in_first_pass: the argument with the `Cache` that pass 1 reads and writes.
         in_second_pass: the argument with the `Cache` that pass 2 reads and writes.
-        running_sum: that of a sequence gate, `None` without one.
+        running_sums: those of sequence gates.
 
     Raises:
         ValueError: if the cache was filled without feedback or with that of another adapter, or before the adapter got
@@ -162,7 +163,7 @@ class TwoPassCache:
         owner: CacheOwner,
         has_cross_attention: bool = False,
         may_share: bool = False,
-        keeps_sum: bool = False,
+        num_sums: int = 0,
     ) -> None:
         self.name = name
         self.cache = _new_cache(model_config, has_cross_attention) if cache is None else cache
@@ -171,7 +172,7 @@ class TwoPassCache:
         if passes is None or passes.owner != owner or (may_share and _is_empty(own)):
             passes = _first_use(own, num_blocks, owner)
         self.passes: Passes = passes
-        self.running_sum = RunningSum(_layer_of_sums(own, passes)) if keeps_sum else None
+        self.running_sums = [RunningSum(layer) for layer in _layers_of_sums(own, passes, num_sums)]
         if passes.first_pass is None:
             layers = own.layers[: passes.num_layers]
             self.recall = recall_of(layers)
@@ -267,17 +268,18 @@ def _first_use(cache: Cache, num_blocks: int, owner: CacheOwner) -> Passes:
     return getattr(cache, _ATTRIBUTE)
 
 
-def _layer_of_sums(cache: Cache, passes: Passes) -> Layer:
-    """The layer of a cache for the running sum of a sequence gate, made if the cache is empty."""
-    if passes.sums is None:
+def _layers_of_sums(cache: Cache, passes: Passes, number: int) -> list[Layer]:
+    """The layers of a cache for the running sums of sequence gates, made if the cache is empty."""
+    if len(passes.sums) < number:
         if not _is_empty(cache):
             raise ValueError(
                 f"This cache was filled before the TOAST adapter {passes.owner.adapter_name!r} got its gate, which "
                 "has to know all tokens. Start with a new cache."
             )
-        passes.sums = new_layer(cache.layers)
-        cache.layers.append(passes.sums)
-    return passes.sums
+        new = [new_layer(cache.layers[: passes.num_layers]) for _ in range(number - len(passes.sums))]
+        passes.sums += new
+        cache.layers += new
+    return passes.sums[:number]
 
 
 def _by_whom(passes: Passes | None, owner: CacheOwner) -> str:

@@ -13,7 +13,7 @@ from .dropout import dropout_off
 from .run import SINGLE_PASS, Run, ThreadState
 
 if TYPE_CHECKING:
-    from .forwards import BlockForward
+    from .block_forward import BlockForward
 
 
 _FUNCTION = "_gradient_checkpointing_func"  # what transformers calls it on each module that it may checkpoint
@@ -65,11 +65,13 @@ class CheckpointWithFeedback:
 
     def trained_inside(self, run: Run) -> list[nn.Parameter]:
         """The parameters of the adapter that the blocks use themselves, which are those of LoRA of pass 2."""
-        if run.second_pass is None:
-            return []
-        paths = [(block.path, block.index) for block in self.blocks]
-        layers = [layer for path, i in paths for layer in path.second_pass_layers(run.second_pass.adapter_name, i)]
-        return [parameter for layer in layers for parameter in layer.trained(run.second_pass.adapter_name)]
+        return [
+            parameter
+            for added in run.second_pass
+            for block in self.blocks
+            for layer in block.path.second_pass_layers(added.adapter_name, block.index)
+            for parameter in layer.trained(added.adapter_name)
+        ]
 
     def note(self, run: Run, hidden_states: torch.Tensor, output: Any) -> None:
         """Note the output with its graph, which the inside of a reentrant checkpoint has not. Shape: [b, n, d]"""

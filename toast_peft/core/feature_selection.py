@@ -15,7 +15,7 @@ from ..config import TopDownConfig
 from .feedback import select, token_mask
 from .gate import Gate, Tokens
 from .prompt_input import GivenPrompt
-from .run import ThreadState
+from .run import Selected, ThreadState
 from .strength import checked_scale
 from .topdown_layer import AdapterIdentity, TopDownLayer, weight_of
 
@@ -170,9 +170,9 @@ class FeatureSelection(TopDownLayer):
         if self.topdown_config[adapter_name].gate is not None and adapter_name in self.topdown_gate:
             gate = self.topdown_gate[adapter_name](compared, tokens or Tokens())
             mask = gate * mask
-        self.state.current.gate = gate
-        if not torch.compiler.is_exporting():  # traced with tensors that hold no numbers
-            self.state.current.mask = mask.detach()
+        # What is exported is traced with tensors that hold no numbers.
+        kept = None if torch.compiler.is_exporting() else mask.detach()
+        self.state.current.selected[adapter_name] = Selected(kept, gate)
         return features, mask
 
     def _transform(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:

@@ -113,19 +113,20 @@ class FusedFeedback(nn.Module):
         z = (tokens @ self.down).unflatten(-1, (len(self.blocks), -1)).transpose(0, 1)  # l, b * n, r
         return (torch.bmm(z, up) if self.bias is None else torch.baddbmm(self.bias.unsqueeze(1), z, up)).unbind(0)
 
-    def check(self, adapter_name: str, training: bool) -> None:
+    def check(self, active: list[str], training: bool) -> None:
         """Look whether it is still the feedback of the active adapter, and all that is asked for.
 
         Args:
-            adapter_name: the active adapter.
+            active: the active adapters.
             training: whether the backbone is in training mode.
 
         Raises:
             RuntimeError: if not.
         """
-        if adapter_name != self.adapter_name:
+        if active != [self.adapter_name]:
             raise RuntimeError(
-                f"The feedback of the adapter {self.adapter_name!r} is fused, and {adapter_name!r} is active. "
+                f"The feedback of the adapter {self.adapter_name!r} is fused, and "
+                f"{' and '.join(map(repr, active))} is active. "
                 "Call `unfuse_feedback()`."
             )
         if training:

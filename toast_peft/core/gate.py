@@ -22,6 +22,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .active_adapters import Rows
+
 if TYPE_CHECKING:
     from .running_sum import RunningSum
 
@@ -32,12 +34,17 @@ class Tokens(NamedTuple):
     Args:
         own: which are not padding, `None` if all. Shape: [b, n]
         starts: in a row of several texts, which tokens are the first of one; `None` for one text. Shape: [b, n]
-        before: the sum over the tokens in the key-value cache, `None` if there is no cache.
+        sums: the sum of the features up to each of them, those in the key-value cache included; `None` if there is no
+            cache. Shape: [b, n, d]
     """
 
     own: torch.Tensor | None = None
     starts: torch.Tensor | None = None
-    before: "RunningSum | None" = None
+    sums: torch.Tensor | None = None
+
+    def of_rows(self, rows: Rows) -> "Tokens":
+        """Those of some rows of the batch."""
+        return Tokens(*(None if x is None else rows.of(x) for x in self))
 
 
 def sequence_features(x: torch.Tensor, tokens: Tokens, is_causal: bool) -> torch.Tensor:
@@ -51,18 +58,19 @@ def sequence_features(x: torch.Tensor, tokens: Tokens, is_causal: bool) -> torch
     Returns:
         Shape: [b, n, d], or [b, 1, d] if each token sees all
     """
-    steps = F.normalize(x, dim=-1)
-    if tokens.own is not None:
-        steps = steps * tokens.own.unsqueeze(-1)
-    if tokens.before is not None:
-        sums = tokens.before.extend(steps)
-    elif is_causal:
-        sums = steps.cumsum(1)
-    else:
-        return steps.sum(1, keepdim=True)
+    if tokens.sums is not None:
+        return tokens.sums if is_causal else tokens.sums[:, -1:]
+    steps = _steps(x, tokens.own)
     if not is_causal:
-        return sums[:, -1:]
+        return steps.sum(1, keepdim=True)
+    sums = steps.cumsum(1)
     return sums if tokens.starts is None else sums - _before_the_text(sums, tokens.starts)
+
+
+def _steps(x: torch.Tensor, own: torch.Tensor | None) -> torch.Tensor:
+    """What each token adds to the sum, nothing if it is padding. Shapes: [b, n, d], [b, n] -> [b, n, d]"""
+    steps = F.normalize(x, dim=-1)
+    return steps if own is None else steps * own.unsqueeze(-1)
 
 
 def _before_the_text(sums: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
@@ -112,8 +120,7 @@ class Gate(nn.Module):
                 f"The features of pass 1 have the shape {list(features.shape)}, all rows in one sequence, as in the "
                 "vision towers of Qwen-VL; a gate expected [batch, tokens, channels]. Set `gate=None` for this model."
             )
-        x = features.detach().flatten(1, -2)
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        x = _precise(features.detach().flatten(1, -2))
         return sequence_features(x, tokens, self.is_causal) if self.is_running else x
 
     @torch.no_grad()
@@ -136,6 +143,11 @@ class Gate(nn.Module):
         return opened.reshape(*features.shape[:-1], 1).to(features.dtype)
 
 
+def _precise(x: torch.Tensor) -> torch.Tensor:
+    """In float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def cosines(y: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
     """`cos(y, direction)`. Shapes: [b, n, d], [d] -> [b, n]"""
     # Not a matmul, which autocast would run in low precision.
@@ -151,14 +163,17 @@ def tokens_for(
         gate: "sequence" or "token".
         kwargs: the arguments of the backbone.
         features: Shape: [b, n, d], of a map [b, h, w, d]
-        before: the sum over the tokens in the key-value cache.
+        before: the sum over the tokens in the key-value cache, to which these are added; `None` if there is no cache.
 
     Raises:
         ValueError: if there is a mask from which a sequence gate cannot tell padding.
     """
     num_tokens = features[0, ..., 0].numel()
     if gate == "sequence":
-        return _tokens_of_a_row(kwargs, num_tokens, before)
+        tokens = _tokens_of_a_row(kwargs, num_tokens, before)
+        if before is None:
+            return tokens
+        return tokens._replace(sums=before.extend(_steps(_precise(features.detach()), tokens.own)))
     mask = kwargs.get("attention_mask")
     is_of_these = isinstance(mask, torch.Tensor) and mask.shape == (len(features), num_tokens)
     return Tokens(own_tokens(mask, num_tokens)) if is_of_these else Tokens()
@@ -174,8 +189,8 @@ def _tokens_of_a_row(kwargs: Mapping[str, Any], num_tokens: int, before: "Runnin
         # As transformers tells several texts in a row, which it does where there are neither masks nor caches.
         if before is None and isinstance(positions, torch.Tensor) and positions.dim() == 2:
             return Tokens(starts=first_of_texts(positions))
-        return Tokens(before=before)
-    return Tokens(own=own_tokens(mask, num_tokens, before), before=before)
+        return Tokens()
+    return Tokens(own=own_tokens(mask, num_tokens, before))
 
 
 def first_of_texts(positions: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ Notation used for tensor shapes:
 
 import math
 from collections.abc import Iterator, Mapping
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -262,7 +263,8 @@ class FeedbackPath(nn.Module):
             return None
         alpha = self.selection.topdown_feedback_scale[adapter_name]
         is_void = alpha == 0 and self.selection.is_void_at_0(adapter_name)
-        return None if is_void else SecondPass(adapter_name, self.state.current.gate, alpha)
+        selected = self.state.current.selected.get(adapter_name)
+        return None if is_void else SecondPass(adapter_name, None if selected is None else selected.gate, alpha)
 
     def _opened(self, adapter_name: str, mask: torch.Tensor) -> torch.Tensor:
         """Where the adapter may change something; LoRA of pass 2 does so whatever the mask. Shape: [b, n, 1]"""
@@ -272,11 +274,27 @@ class FeedbackPath(nn.Module):
         return torch.ones_like(mask) if second_pass.gate is None else second_pass.gate
 
     @property
-    def active_adapter(self) -> str | None:
-        """The adapter whose feedback the next forward uses, `None` if there is none or it is disabled."""
+    def active_adapters(self) -> list[str]:
+        """The adapters whose feedback the next forward uses; none if they are disabled."""
         if self.selection.disable_adapters:
-            return None
-        names = [name for name in self.selection.active_adapters if name in self.selection.topdown_config]
+            return []
+        of_rows = self.state.current.row_names
+        names = self.selection.active_adapters if of_rows is None else dict.fromkeys(filter(None, of_rows.names))
+        return [name for name in names if name in self.selection.topdown_config]
+
+    @property
+    def active_adapter(self) -> str | None:
+        """The adapter whose feedback the next forward uses, for what works with one; `None` if there is none.
+
+        Raises:
+            ValueError: if there are several.
+        """
+        names = self.active_adapters
+        if len(names) > 1:
+            raise ValueError(
+                f"The TOAST adapters {names} are active together, and this works with one; activate it alone, with "
+                "`set_adapter`."
+            )
         return names[0] if names else None
 
     def drop_adapter(self, adapter_name: str) -> None:
@@ -291,7 +309,7 @@ class FeedbackPath(nn.Module):
 
     def blocks_of(self, adapter_name: str) -> list[int]:
         """Indices of the blocks that receive feedback, from the top down."""
-        return sorted((int(name) for name in self.layers if self.layer(name).has(adapter_name)), reverse=True)
+        return [index for index, _ in self.layers_of(adapter_name)]
 
     def _replicate_for_data_parallel(self) -> None:
         raise NotImplementedError(
@@ -301,7 +319,9 @@ class FeedbackPath(nn.Module):
 
     def layers_of(self, adapter_name: str) -> list[tuple[int, FeedbackLayer]]:
         """The chain of an adapter, from the top down: indices of blocks with their layers."""
-        return [(index, self.layer(str(index))) for index in self.blocks_of(adapter_name)]
+        layers = [(int(name), self.layer(name)) for name in self.layers]
+        chain = [(index, layer) for index, layer in layers if layer.has(adapter_name)]
+        return sorted(chain, key=itemgetter(0), reverse=True)
 
     def forward(
         self,

@@ -5,11 +5,12 @@ would compute what pass 1 has computed. Its blocks return that again; the *open*
 where the arguments of the forward can be cut into rows, else the whole batch does.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
-from ..config import TopDownConfig
+from .active_adapters import ActiveAdapter
 
 # Arguments of which each row belongs to one row of the batch, by what transformers calls them.
 _OF_ROWS = {
@@ -18,15 +19,11 @@ _OF_ROWS = {
 }
 
 
-def may_skip_rows(config: TopDownConfig) -> bool:
+def may_skip_rows(adapters: Iterable[ActiveAdapter]) -> bool:
     """Whether pass 2 is left out where there is no feedback: in inference, where a forward may look at numbers."""
-    is_traced = torch.compiler.is_compiling() or torch.compiler.is_exporting()
-    return config.skip_closed_rows and not torch.is_grad_enabled() and not is_traced
-
-
-def open_rows(opened: torch.Tensor) -> torch.Tensor:
-    """Indices of the rows of which some token may be changed. Shapes: [b, n, 1] -> [number of open rows]"""
-    return opened.flatten(1).any(dim=1).nonzero().flatten()
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        return False
+    return all(adapter.config.skip_closed_rows for adapter in adapters)
 
 
 def rows_of_arguments(kwargs: dict[str, Any], rows: torch.Tensor, batch_size: int) -> dict[str, Any] | None:

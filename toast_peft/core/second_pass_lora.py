@@ -20,10 +20,11 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..config import TopDownConfig
+from .active_adapters import Rows
 from .feedback import low_rank
 from .module_tree import to_device_of
 from .moving_hooks import MovingHooks
-from .run import ThreadState
+from .run import SecondPass, ThreadState
 from .topdown_layer import TopDownLayer, weight_of
 from .value_projection import input_size, output_size
 
@@ -139,6 +140,30 @@ def gate_of_input(gate: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return gate.to(device=x.device, dtype=x.dtype)
 
 
+def in_rows(x: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """Input or output of a module with a row for each row of the batch.
+
+    Args:
+        x: Shape: [b, ..., in], or all tokens in one sequence, [b * n, in]
+        rows: some rows of the batch.
+
+    Returns:
+        Shape: [b, ..., in]
+
+    Raises:
+        ValueError: if the module takes something else than the tokens.
+    """
+    if x.dim() == 2 and len(x) == rows.batch_size * rows.num_tokens:
+        return x.unflatten(0, (rows.batch_size, rows.num_tokens))
+    if len(x) != rows.batch_size:
+        raise ValueError(
+            f"A module of `pass2_target_modules` takes an input of shape {list(x.shape)} in a mixed batch of "
+            f"{rows.batch_size} rows, so it is not known which value of it belongs to which. Leave this module out, "
+            "or run each adapter in a batch of its own."
+        )
+    return x
+
+
 class SecondPassHook(MovingHooks):
     """Hook on a linear layer, which adds to its output in pass 2.
 
@@ -159,7 +184,19 @@ class SecondPassHook(MovingHooks):
     def add(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
         """The output in pass 2; where the gate is zero it is the same, bit for bit. Shape: [b, n, out]"""
         run = self.state.current.run
-        if run is None or run.second_pass is None or not self.layer.has(run.second_pass.adapter_name):
+        if run is None:
             return None
-        added = self.layer(args[0], *run.second_pass)
-        return output + added.to(device=output.device, dtype=output.dtype)
+        for second_pass in run.second_pass:
+            if self.layer.has(second_pass.adapter_name):
+                output = self._with(second_pass, args[0], output)
+        return output
+
+    def _with(self, second_pass: SecondPass, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """Shapes: [b, n, in], [b, n, out] -> [b, n, out]; or [b * n, ...] of all"""
+        name, gate, scale, rows = second_pass
+        if rows is None:
+            added = self.layer(x, name, gate, scale)
+            return output + added.to(device=output.device, dtype=output.dtype)
+        x, whole = in_rows(x, rows), in_rows(output, rows)
+        added = self.layer(rows.of(x), name, gate, scale).to(device=output.device, dtype=output.dtype)
+        return whole.index_add(0, rows.indices.to(output.device), added).view(output.shape)

@@ -61,16 +61,6 @@ class TopDownLayer(nn.Module, BaseTunerLayer):
         device = getattr(hook, "execution_device", None) if device is None else device
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
 
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Make an adapter the active one.
-
-        Raises:
-            ValueError: if several are named; feedback of several adapters at a time is not defined.
-        """
-        if not isinstance(adapter_names, str) and len(adapter_names) > 1:
-            raise ValueError(f"TOAST runs one adapter at a time, but {list(adapter_names)} were to be activated.")
-        super().set_adapter(adapter_names, inference_mode=inference_mode)
-
     def unmerge(self) -> None:
         """Nothing: feedback is never merged."""
 

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
 
-from .forwards import BackboneForward, BlockForward
+from .backbone_forward import BackboneForward
+from .block_forward import BlockForward
 from .layers import FeedbackPath, feedback_paths
 from .output_feedback import OutputHook
 from .prompt_input import PromptInput

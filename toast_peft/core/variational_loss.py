@@ -93,7 +93,7 @@ class LossHook:
 
     def forget(self, model: nn.Module, args: tuple) -> None:
         """Forget what nobody took of the forward before; a reference model or an evaluation in between is none."""
-        if model.training and self.path.active_adapter is not None:
+        if model.training and self.path.active_adapters:
             self.state.current.variational_loss = None
 
     def add_to_loss(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:

@@ -28,7 +28,7 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -38,8 +38,9 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..config import TopDownConfig
-from ..core.dropout import has_dropout
-from ..core.forwards import BackboneForward, BlockForward
+from ..core.active_adapters import ActiveAdapter
+from ..core.backbone_forward import BackboneForward
+from ..core.block_forward import BlockForward
 from ..core.layers import FeedbackLayer, FeedbackPath
 from ..core.run import Run
 from ..core.stack import Stack
@@ -365,19 +366,17 @@ def running_statistics_kept(module: nn.Module) -> Iterator[None]:
 class ConvNetBackboneForward(BackboneForward):
     """Forward of the backbone of a ConvNet: pass 1, feedback, pass 2."""
 
-    def _features(self, run: Run, config: TopDownConfig) -> tuple[torch.Tensor, torch.Tensor | None]:
+    records_inside = False
+
+    def _features(self, run: Run, adapter: ActiveAdapter) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The features, and after the final norm those that the prompt is compared with. Shapes: [b, h, w, c]"""
         # Contiguous, or torch chooses the kernel of the transform by what requires a gradient.
-        features = run.last_output.movedim(1, -1).contiguous()
-        return features, self._after_final_norm(features) if self._normalizes(run, config) else None
+        features = run.output_below(adapter.feedback_from).movedim(1, -1).contiguous()
+        return features, self._after_final_norm(features) if self._normalizes(adapter) else None
 
-    def _normalizes(self, run: Run, config: TopDownConfig) -> bool:
+    def _normalizes(self, adapter: ActiveAdapter) -> bool:
         # The final norm has the channels of the last stage.
-        return run.feedback_from == len(self.blocks) and super()._normalizes(run, config)
-
-    def _new_run(self, config: TopDownConfig, kwargs: dict[str, Any]) -> Run:
-        is_random = has_dropout(self.module)  # nothing is recorded inside of a stage
-        return Run(*config.feedback_range(len(self.blocks)), False, is_random, is_random)
+        return adapter.feedback_from == len(self.blocks) and super()._normalizes(adapter)
 
 
 class TwoPassesOverStages(TwoPasses):

@@ -21,8 +21,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..config import TopDownConfig
+from ..core.active_adapters import ActiveAdapter
+from ..core.backbone_forward import BackboneForward
+from ..core.block_forward import BlockForward
 from ..core.checkpoint import CheckpointWithFeedback, unwrap_checkpoint, wrap_checkpoint
-from ..core.forwards import BackboneForward, BlockForward
 from ..core.layers import FeedbackLayer, FeedbackPath
 from ..core.run import Run
 from ..core.stack import Stack
@@ -351,15 +353,15 @@ class HierarchicalBackboneForward(BackboneForward):
         for stage, blocks in self.stages:
             wrap_checkpoint(stage, StageCheckpoint, self.state, *blocks)
 
-    def _features(self, run: Run, config: TopDownConfig) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _features(self, run: Run, adapter: ActiveAdapter) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The features as a map of tokens. Shape: [b, h, w, d]"""
-        features, compared = super()._features(run, config)
-        return features.unflatten(1, run.input_sizes[run.feedback_from - 1]), compared
+        features, compared = super()._features(run, adapter)
+        return features.unflatten(1, run.input_sizes[adapter.feedback_from - 1]), compared
 
-    def _normalizes(self, run: Run, config: TopDownConfig) -> bool:
+    def _normalizes(self, adapter: ActiveAdapter) -> bool:
         # The final norm has the channels of the last stage.
-        in_last_stage = self.stage_of_blocks[run.feedback_from - 1] == self.stage_of_blocks[-1]
-        return in_last_stage and super()._normalizes(run, config)
+        in_last_stage = self.stage_of_blocks[adapter.feedback_from - 1] == self.stage_of_blocks[-1]
+        return in_last_stage and super()._normalizes(adapter)
 
     def remove(self) -> None:
         super().remove()

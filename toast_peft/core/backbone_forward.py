@@ -18,15 +18,17 @@ running; it is kept per thread and restored when a forward ends, however it ends
 """
 
 import inspect
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
-from ..config import TopDownConfig
+from .active_adapters import ActiveAdapter, check_together
+from .block_forward import BlockForward
 from .cache import (
     CacheOwner,
     TwoPassCache,
@@ -36,16 +38,18 @@ from .cache import (
     refuse_paged_cache,
     refuse_two_pass_cache,
 )
-from .checkpoint import CheckpointWithFeedback, unwrap_checkpoint, wrap_checkpoint
+from .checkpoint import CheckpointWithFeedback, wrap_checkpoint
 from .dropout import has_dropout, pass_without_dropout
+from .feedback_of_adapters import PathInput, compute_feedback
 from .gate import tokens_for
 from .joint_pass import JointPass
 from .layers import FeedbackPath, hidden_states_of
+from .mixed_batch import has_modules_of_rows
 from .module_tree import is_trained
-from .open_rows import has_rows, may_skip_rows, open_rows, put_rows, rows_of_arguments
+from .open_rows import has_rows, may_skip_rows, put_rows, rows_of_arguments
 from .recording import RecordingPaused, is_recording
 from .replaced_forward import ReplacedForward
-from .run import SINGLE_PASS, Run
+from .run import SINGLE_PASS, Run, run_of
 from .running_sum import RunningSum
 from .stored_pass import STORED_INPUT, Origin, StoredPass
 from .topdown_layer import weight_of
@@ -55,93 +59,10 @@ if TYPE_CHECKING:
     from .stack import Stack
 
 
-class BlockForward(ReplacedForward):
-    """Forward of a block: skips it where a pass does not need it, and gives it its feedback in pass 2."""
-
-    def __init__(self, module: nn.Module, index: int, path: FeedbackPath) -> None:
-        super().__init__(module, path.state)
-        self.index = index
-        self.path = path
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        run = self.state.current.run
-        if run is None:
-            self._check_that_no_feedback_is_missing()
-            return self.original(*args, **kwargs)
-        if run.first_pass:
-            return self._first_pass(run, *args, **kwargs)
-        if self.is_skipped(run):
-            return run.outputs[self.index]
-        return self._second_pass(run, *args, **kwargs)
-
-    def is_skipped(self, run: Run) -> bool:
-        """Whether the running pass does not need this block."""
-        if run.first_pass:
-            return self.index >= run.feedback_from and not run.complete
-        return self.index < run.feedback_to and not run.repeat_lower_blocks
-
-    def _check_that_no_feedback_is_missing(self) -> None:
-        if self.path.active_adapter is not None:
-            raise RuntimeError(
-                f"Block {self.index} was called past the forward of the module that owns the blocks, so it would not "
-                "get the feedback of the active adapter. Call the whole model, or disable the adapter to run single "
-                "blocks. If the model itself does this, TOAST does not support it."
-            )
-
-    def _first_pass(self, run: Run, *args: Any, **kwargs: Any) -> Any:
-        if self.is_skipped(run):
-            # Unchanged hidden states in the form a block of this model returns them.
-            return run.last_output
-        if self.index in run.outputs:  # it runs several times (ALBERT), and only the last output is kept
-            run.repeat_lower_blocks = True
-        output = self.original(*args, **kwargs)
-        self.keep(run, output)
-        return output
-
-    def _second_pass(self, run: Run, *args: Any, **kwargs: Any) -> Any:
-        if run.reconstruction is not None and self.index in run.steered:
-            raise NotImplementedError(
-                f"`variational_weight` is set, but block {self.index} runs several times in a pass (as in ALBERT) and "
-                "its `linear1` computes the input of a block that runs once; set it to 0."
-            )
-        output = self.original(*args, **kwargs)
-        if self.index in run.feedback and self.index not in run.steered:
-            raise NotImplementedError(
-                f"Block {self.index}, a {type(self.module).__name__}, does not call the value projection that its "
-                "feedback goes to, so the adapter would have no effect. TOAST does not support a model that uses "
-                "the weight of this layer in another way; name another layer with `target_modules`."
-            )
-        if run.keeps_features:
-            self.keep(run, output)
-        self.reconstruct(run, args[0] if args else kwargs["hidden_states"], output)
-        return output
-
-    def note(self, run: Run, hidden_states: torch.Tensor, output: Any) -> None:
-        """Keep what comes later needs of what the block has computed in the running pass. Shape: [b, n, d]"""
-        if run.first_pass:
-            self.keep(run, output)
-        else:
-            self.reconstruct(run, hidden_states, output)
-
-    def keep(self, run: Run, output: Any) -> None:
-        """Keep what pass 2 or the feedback path needs of what the block has computed in pass 1."""
-        if self.index < run.feedback_from:
-            run.last_output = output
-        if max(self.index, 0) < run.kept_below:  # the stem of a ConvNet, -1, belongs to its stage 0
-            run.outputs[self.index] = output
-
-    def reconstruct(self, run: Run, hidden_states: torch.Tensor, output: Any) -> None:
-        """Add this block's part to the variational loss, where that is wanted. Shape: [b, n, d]"""
-        if run.reconstruction is not None and self.index in run.feedback:
-            run.reconstruction.add(self.index, hidden_states, output)
-
-    def remove(self) -> None:
-        super().remove()
-        unwrap_checkpoint(self.module)
-
-
 class BackboneForward(ReplacedForward):
     """Forward of the backbone: pass 1, feedback, pass 2; or just the one pass if no adapter is active."""
+
+    records_inside: ClassVar[bool] = True  # whether something inside of a block may be recorded
 
     def __init__(self, stack: "Stack", path: FeedbackPath, block_forwards: list[BlockForward]) -> None:
         parameters = inspect.signature(stack.backbone.forward).parameters
@@ -171,19 +92,19 @@ class BackboneForward(ReplacedForward):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         kwargs = {**{self.argument_names[i]: value for i, value in enumerate(args)}, **kwargs}
-        adapter_name = self.path.active_adapter
+        names = self.path.active_adapters
         if torch.is_grad_enabled():
             self.wrap_checkpoints()
         # Also without an adapter: this forward may be called from inside of a pass 2 of the same backbone, and it ends
         # as it began when another thread switches the adapter on.
         outer, self.state.current.run = self.state.current.run, SINGLE_PASS
         try:
-            if adapter_name is None:
+            if not names:
                 refuse_two_pass_cache(kwargs)
                 return self.original(**kwargs)
             if self.state.current.joint is not None:
-                return self._run_jointly(self.state.current.joint, adapter_name, kwargs)
-            return self._run_twice(adapter_name, kwargs)
+                return self._run_jointly(self.state.current.joint, self._new_run(names, kwargs), kwargs)
+            return self._run_twice(self._new_run(names, kwargs), kwargs)
         finally:
             self.state.current.run = outer
 
@@ -192,53 +113,46 @@ class BackboneForward(ReplacedForward):
         for block in self.block_forwards:
             wrap_checkpoint(block.module, CheckpointWithFeedback, self.state, block)
 
-    def _run_twice(self, adapter_name: str, kwargs: dict[str, Any]) -> Any:
-        config = self.path.selection.topdown_config[adapter_name]
-        run = self._new_run(config, kwargs)
-        self._check_fused(adapter_name, run)
+    def _run_twice(self, run: Run, kwargs: dict[str, Any]) -> Any:
+        name, config, *_ = run.adapters[0]  # the only one, if there is a variational loss
         if self.module.training and config.variational_weight > 0:
-            run.reconstruction = Reconstruction(self.path, adapter_name, padding_to_leave_out(config, kwargs))
+            run.reconstruction = Reconstruction(self.path, name, padding_to_leave_out(config, kwargs))
         stored, self.state.current.stored = self.state.current.stored, None
-        cache = self._cache(adapter_name, run, config, kwargs) if stored is None else None
+        cache = self._cache(run, kwargs) if stored is None else None
         if stored is not None:
-            output = self._run_after_stored_pass(adapter_name, run, config, kwargs, stored)
+            output = self._run_after_stored_pass(run, kwargs, stored)
         elif cache is not None:
-            output = self._run_with_cache(adapter_name, run, config, kwargs, cache)
+            output = self._run_with_cache(run, kwargs, cache)
         else:
-            output = self._run_without_cache(adapter_name, run, config, kwargs)
+            output = self._run_without_cache(run, kwargs)
         if run.reconstruction is not None:  # added, as a model may call its backbone more than once
             self.state.current.variational_loss = run.reconstruction.loss(config, self.state.current.variational_loss)
         return output
 
-    def _run_after_stored_pass(
-        self, adapter_name: str, run: Run, config: TopDownConfig, kwargs: dict[str, Any], stored: StoredPass
-    ) -> Any:
-        stored.check(self._origin_of(run, config))
+    def _run_after_stored_pass(self, run: Run, kwargs: dict[str, Any], stored: StoredPass) -> Any:
+        for adapter in run.adapters:
+            stored.check(self._origin_of(adapter))
         kwargs = self._without_cache(kwargs)
         self._instead_of_first_pass(run, stored, kwargs)
-        self._begin_second_pass(adapter_name, run, kwargs, stored.features)
+        self._begin_second_pass(run, kwargs, stored)
         return self.original(**kwargs)
 
-    def _run_without_cache(self, adapter_name: str, run: Run, config: TopDownConfig, kwargs: dict[str, Any]) -> Any:
-        skips = may_skip_rows(config)
+    def _run_without_cache(self, run: Run, kwargs: dict[str, Any]) -> Any:
+        skips = may_skip_rows(run.adapters)
         if skips:
             run.kept_below = run.feedback_from
         run.complete = self.state.current.without_second_pass and not self._is_recorded_outside()
         output = self._first_pass(run, kwargs)
-        self._begin_second_pass(adapter_name, run, kwargs, *self._features(run, config), skip_closed=skips)
+        self._begin_second_pass(run, kwargs, skip_closed=skips)
         if run.complete:
             return output
         return self._of_open_rows(run, kwargs) if skips else self.original(**kwargs)
 
-    def _run_with_cache(
-        self, adapter_name: str, run: Run, config: TopDownConfig, kwargs: dict[str, Any], cache: TwoPassCache
-    ) -> Any:
+    def _run_with_cache(self, run: Run, kwargs: dict[str, Any], cache: TwoPassCache) -> Any:
         """While the cache has had no feedback, pass 1 is the forward of the base model, and pass 2 waits for some."""
         run.complete = skips = cache.is_shared
         output = self._first_pass(run, {**kwargs, **cache.in_first_pass})
-        self._begin_second_pass(
-            adapter_name, run, kwargs, *self._features(run, config), skip_closed=skips, running_sum=cache.running_sum
-        )
+        self._begin_second_pass(run, kwargs, skip_closed=skips, running_sums=cache.running_sums)
         if skips:
             if not run.feedback:
                 return cache.restore(output)
@@ -247,54 +161,57 @@ class BackboneForward(ReplacedForward):
 
     def _begin_second_pass(
         self,
-        adapter_name: str,
         run: Run,
         kwargs: dict[str, Any],
-        features: torch.Tensor,
-        compared: torch.Tensor | None = None,
+        stored: StoredPass | None = None,
         skip_closed: bool = False,
-        running_sum: RunningSum | None = None,
+        running_sums: Sequence[RunningSum] = (),
     ) -> None:
-        """Compute the feedback. Arguments as those of the path."""
-        config = self.path.selection.topdown_config[adapter_name]
-        tokens = None if config.gate is None else tokens_for(config.gate, kwargs, features, running_sum)
-        run.feedback = self.path(
-            features, adapter_name, compared, run.input_sizes, skip_closed=skip_closed, tokens=tokens
-        )
-        if config.pass2_target_modules is not None:
-            run.second_pass = self.path.in_second_pass(adapter_name)
+        """Compute what pass 2 adds."""
+        compute_feedback(self.path, run, self._inputs_of_path(run, kwargs, stored, running_sums), skip_closed)
+        current = self.state.current
         if torch.compiler.is_exporting():
-            self.state.current.gate = None
+            current.selected = {}
         else:
-            self.state.current.attention_mask = kwargs.get("attention_mask")
+            current.attention_mask = kwargs.get("attention_mask")
         run.first_pass = False
-        self.state.current.run = run
+        current.run = run
 
-    def _run_jointly(self, joint: JointPass, adapter_name: str, kwargs: dict[str, Any]) -> Any:
+    def _inputs_of_path(
+        self, run: Run, kwargs: dict[str, Any], stored: StoredPass | None, running_sums: Sequence[RunningSum]
+    ) -> list[PathInput]:
+        """What the feedback of each adapter starts from, computed once where it is the same."""
+        found: dict[tuple[Any, ...], PathInput] = {}
+        kinds, sums = [], list(running_sums)
+        for adapter in run.adapters:
+            gate = adapter.config.gate
+            kind = (adapter.feedback_from, self._normalizes(adapter), gate)
+            if kind not in found:
+                features, compared = self._features(run, adapter) if stored is None else (stored.features, None)
+                before = sums.pop(0) if sums and gate == "sequence" else None
+                tokens = None if gate is None else tokens_for(gate, kwargs, features, before)
+                found[kind] = PathInput(features, compared, tokens)
+            kinds.append(kind)
+        return [found[kind] for kind in kinds]
+
+    def _run_jointly(self, joint: JointPass, run: Run, kwargs: dict[str, Any]) -> Any:
         """Both passes in one: some rows without feedback, the others with that of other features."""
-        config = self.path.selection.topdown_config[adapter_name]
-        run = replace(self._new_run(config, kwargs), first_pass=False, repeat_lower_blocks=True, keeps_features=True)
-        self._check_fused(adapter_name, run)
+        [adapter] = run.adapters  # has been checked
+        run = replace(run, first_pass=False, repeat_lower_blocks=True, keeps_features=True)
         features = joint.features_of_rows()
         if features is not None:
-            run.feedback = self.path(features, adapter_name)
+            run.feedback = self.path(features, adapter.name)
         self.state.current.run = run
         output = self.original(**kwargs)
-        joint.next_features = self._features(run, config)[0][: joint.num_first_rows]
+        joint.next_features = self._features(run, adapter)[0][: joint.num_first_rows]
         return output
-
-    def _check_fused(self, adapter_name: str, run: Run) -> None:
-        if self.path.fused is not None:
-            self.path.fused.check(adapter_name, self.module.training)
-            run.of_values = self.path.fused.of_values
 
     def _of_open_rows(self, run: Run, kwargs: dict[str, Any]) -> Any:
         """The output of pass 2, which the rows without feedback have from pass 1."""
-        opened = self.state.current.opened
-        assert opened is not None
-        rows, batch_size = open_rows(opened), len(opened)
-        # What another model records would have the open rows twice.
-        arguments = rows_of_arguments(kwargs, rows, batch_size) if self.records_itself else None
+        is_open = self.state.current.open_rows
+        assert is_open is not None
+        rows, batch_size = is_open.nonzero().flatten(), len(is_open)
+        arguments = rows_of_arguments(kwargs, rows, batch_size) if self._takes_some_rows() else None
         if len(rows) == batch_size or (len(rows) > 0 and arguments is None):
             return self.original(**kwargs)
         self.state.current.run = run.without_feedback()
@@ -307,26 +224,27 @@ class BackboneForward(ReplacedForward):
         self.state.current.run = run.of_rows(rows, batch_size)
         return put_rows(output, rows, self.original(**arguments))
 
-    def _new_run(self, config: TopDownConfig, kwargs: dict[str, Any]) -> Run:
-        feedback_from, feedback_to = config.feedback_range(len(self.blocks))
+    def _new_run(self, names: list[str], kwargs: dict[str, Any]) -> Run:
+        adapters = tuple([self._adapter(name) for name in names])
+        check_together(adapters, self.module.training)
+        fused = self.path.fused
+        if fused is not None:
+            fused.check(names, self.module.training)
         recorded = ("output_attentions", "output_router_logits")
         is_random = has_dropout(self.module)
-        return Run(
-            feedback_from,
-            feedback_to,
-            config.double_value_bias,
-            # What pass 1 has computed without dropout is not what they compute in pass 2.
-            repeat_lower_blocks=is_random or any(self._option(name, kwargs) for name in recorded),
-            without_dropout=is_random,
-        )
+        # What pass 1 has computed without dropout is not what they compute in pass 2.
+        runs_again = is_random or (self.records_inside and any(self._option(name, kwargs) for name in recorded))
+        return run_of(adapters, runs_again, is_random, of_values=fused is not None and fused.of_values)
+
+    def _adapter(self, name: str) -> ActiveAdapter:
+        config = self.path.selection.topdown_config[name]
+        return ActiveAdapter(name, config, *config.feedback_range(len(self.blocks)))
 
     def _option(self, name: str, kwargs: dict[str, Any]) -> Any:
         value = kwargs.get(name)
         return getattr(getattr(self.module, "config", None), name, None) if value is None else value
 
-    def _cache(
-        self, adapter_name: str, run: Run, config: TopDownConfig, kwargs: dict[str, Any]
-    ) -> TwoPassCache | None:
+    def _cache(self, run: Run, kwargs: dict[str, Any]) -> TwoPassCache | None:
         refuse_paged_cache(kwargs)
         name = cache_argument(kwargs, self.cache_parameter)
         if not self.has_cache or name is None:
@@ -338,39 +256,51 @@ class BackboneForward(ReplacedForward):
             is_own = self.state.current.without_second_pass
             if checkpointing or is_own or not self._option("use_cache", kwargs):
                 return None
-        identity = self.path.selection.topdown_identity[adapter_name].id
-        owner = CacheOwner(adapter_name, identity, run.feedback_from, run.feedback_to)
         has_cross_attention = kwargs.get("encoder_hidden_states") is not None
-        may_share = may_skip_rows(config) and self._may_share(adapter_name, cache)
+        may_share = may_skip_rows(run.adapters) and self._may_share(run, cache)
+        # Adapters that start from the same features share a running sum.
+        summed = {(a.feedback_from, self._normalizes(a)) for a in run.adapters if a.config.gate == "sequence"}
         return TwoPassCache(
             cache,
             name,
             self.module.config,
             len(self.blocks),
-            owner,
+            self._cache_owner(run),
             has_cross_attention,
             may_share,
-            keeps_sum=config.gate == "sequence",
+            num_sums=len(summed),
         )
 
-    def _may_share(self, adapter_name: str, cache: Cache | None) -> bool:
+    def _takes_some_rows(self) -> bool:
+        """Whether the forward may be called with some rows of the batch."""
+        # What another model records would have them twice.
+        return self.records_itself and not (self.state.current.row_names and has_modules_of_rows(self.module))
+
+    def _cache_owner(self, run: Run) -> CacheOwner:
+        identities = {a.name: self.path.selection.topdown_identity[a.name].id for a in run.adapters}
+        of_rows = self.state.current.row_names
+        whose = list(identities) if of_rows is None else of_rows.names
+        identity = tuple(None if name is None else identities.get(name) for name in whose)
+        return CacheOwner(" + ".join(identities), identity, run.feedback_from, run.feedback_to)
+
+    def _may_share(self, run: Run, cache: Cache | None) -> bool:
         """Whether pass 1 may be the forward of the base model with this cache."""
         if self.module.training or self._is_recorded_outside():
             return False
         # On an accelerator `generate` compiles the forwards that follow, and a CUDA graph adds no layers to a cache.
-        prompt = self.path.selection.topdown_prompt[adapter_name]
+        prompt = self.path.selection.topdown_prompt[run.adapters[0].name]
         return not (is_made_for_compiling(cache) and weight_of(prompt).device.type != "cpu")
 
     def _is_recorded_outside(self) -> bool:
         """Whether a model around the backbone records what runs in it, which it does not do in pass 1."""
         return is_recording() and not self.records_itself
 
-    def origin(self, config: TopDownConfig) -> Origin:
+    def origin(self, adapter_name: str) -> Origin:
         """What pass 1 of an adapter is."""
-        return self._origin_of(self._new_run(config, {}), config)
+        return self._origin_of(self._adapter(adapter_name))
 
-    def _origin_of(self, run: Run, config: TopDownConfig) -> Origin:
-        return Origin(run.feedback_from, run.feedback_to, self._normalizes(run, config))
+    def _origin_of(self, adapter: ActiveAdapter) -> Origin:
+        return Origin(adapter.feedback_from, adapter.feedback_to, self._normalizes(adapter))
 
     def _without_cache(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a forward whose pass 1 does not run, and so fills no cache."""
@@ -426,14 +356,15 @@ class BackboneForward(ReplacedForward):
         norm = self.final_norm if origin.normalize_features else None
         return (norm is not None and is_trained(norm)) or self._first_pass_is_trained(origin.feedback_from, kwargs)
 
-    def _features(self, run: Run, config: TopDownConfig) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _features(self, run: Run, adapter: ActiveAdapter) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What the feedback starts from, and what the prompt is compared with if that is something else."""
-        features = hidden_states_of(run.last_output)
-        return self._after_final_norm(features) if self._normalizes(run, config) else features, None
+        features = hidden_states_of(run.output_below(adapter.feedback_from))
+        return self._after_final_norm(features) if self._normalizes(adapter) else features, None
 
     def _after_final_norm(self, features: torch.Tensor) -> torch.Tensor:
         assert self.final_norm is not None  # the config has been checked
         return self.final_norm(features)
 
-    def _normalizes(self, run: Run, config: TopDownConfig) -> bool:
-        return self.normalize_features if config.normalize_features is None else config.normalize_features
+    def _normalizes(self, adapter: ActiveAdapter) -> bool:
+        wanted = adapter.config.normalize_features
+        return self.normalize_features if wanted is None else wanted
