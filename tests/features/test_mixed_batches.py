@@ -291,6 +291,16 @@ def test_wrong_names_are_refused(model_class: type, names: Any, message: str) ->
             model.generate(**inputs_for(model), adapter_names=names)
 
 
+@pytest.mark.parametrize("names", [["default"], ["default"] * 3], ids=["fewer", "more"])
+def test_names_are_counted_where_a_task_type_hides_the_inputs(names: list[str]) -> None:
+    """`PeftModelForCausalLM` hands on the names without the inputs."""
+    model = with_adapters(tf.LlamaForCausalLM, {"default": {"task_type": "CAUSAL_LM"}, "late": {"feedback_to": 2}})
+    inputs = inputs_for(model)
+    with pytest.raises(ValueError, match=f"has {len(names)} names and the batch has 2 rows"):
+        model(**inputs, adapter_names=names)
+    assert_each_row_is_that_of_its_adapter(model, inputs, ["late", "default"])
+
+
 def test_refused_in_training_fused_or_with_prompts() -> None:
     model = with_adapters(tf.LlamaForCausalLM)
     given = inputs_for(model) | {"adapter_names": ["default", "late"]}

@@ -53,7 +53,7 @@ OF_SEVERAL_ADAPTERS = [
         "several: a cache does not know the set",
         "identity = tuple(None if name is None else identities.get(name) for name in whose)",
         "identity = ()",
-        f"{SEVERAL}knows_the_set",
+        f"{MIXED}cached_is_recomputed_with_gates",
     ),
     Mutant(
         "several: the bias once more of whoever is first",
@@ -118,9 +118,9 @@ OF_SEVERAL_ADAPTERS = [
     ),
     Mutant(
         "mixed: names are repeated where they are too few",
-        "divmod(batch_size, len(self.names))\n        if repeats == 0 or rest > 0 or (repeats > 1 and not self.may_repeat):",
-        "divmod(batch_size, len(self.names))\n        if repeats == 0 or rest > 0:",
-        f"{MIXED}'wrong_names and ViT and 1 names'",
+        "divmod(batch_size, len(self.names))\n        if repeats == 0 or rest > 0 or (repeats > 1 and not self.may",
+        "divmod(batch_size, len(self.names))\n        if repeats == 0 or rest > 0 or (False and not self.may",
+        f"{MIXED}names_are_counted",
     ),
     Mutant(
         "mixed: in training mode",
