@@ -9,6 +9,7 @@ import decoding
 import growth
 import pandas as pd
 import pytest
+import serving
 import tables
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -90,3 +91,16 @@ def test_lora_adapts_the_model_of_every_shape(shape: str) -> None:
     with torch.device("meta"):
         model = cost.adapt(model_class(copy.deepcopy(config)), "lora")
     assert any("lora_B" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+def test_serving_several_adapters_is_measured_next_to_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_attention_heads=2)
+    monkeypatch.setitem(cost.MODELS, "llama-256", (LlamaForCausalLM, config))
+    options = {"model": "llama-256", "rounds": 1, "batch_size": 4, "adapters": 2, "length": 5}
+    serving.main([argument for name, value in options.items() for argument in (f"--{name}", str(value))])
+    head, *rows = cells(capsys.readouterr().out)
+    assert head[2:6] == ["mixed batch / one", "one after the other / one", "all at once / one", "one / base"]
+    assert [row[1] for row in rows] == ["toast", "toast-lite", "lora"]
+    assert all(float(cell) > 0 for row in rows for cell in row[2:6])
