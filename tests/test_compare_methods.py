@@ -9,6 +9,7 @@ import methods
 import offline
 import pandas as pd
 import pytest
+import swap
 import torch
 from comparison import NEW_MODULES_LEARNING_RATE, make_optimizer, search_points
 from cost import training_step_cost
@@ -384,3 +385,12 @@ def test_help_fits_on_two_screens(capsys: pytest.CaptureFixture) -> None:
     printed = capsys.readouterr().out
     assert "    python examples/benchmarks/compare_methods.py\n" in printed
     assert len(printed.splitlines()) < 100
+
+
+def test_the_swap_test_has_a_column_for_each_feedback(base: str, tmp_path: Path) -> None:
+    """Without feedback it is the base model with the trained head, which other features cannot change."""
+    runs = swap.main(["--model_name_or_path", base, "--output_dir", str(tmp_path), *SHORT, "--methods", "toast-lite"])
+    tested = runs[runs["split"] == "test"]
+    assert tested[swap.SwapComparison.columns].notna().all(axis=None)
+    header = (tmp_path / "comparison.md").read_text().splitlines()[0]
+    assert all(column in header for column in ("of the next image", "of the mean", "without feedback"))

@@ -9,6 +9,7 @@ from .config import OFFICIAL_STAGES, TopDownConfig
 from .drafting import draft_with_first_pass
 from .explanation.explain import explain
 from .explanation.explanation import Explanation
+from .explanation.swap import swapped_features
 from .gate_fitting import fit_gate
 from .initialization import initialize_feedback
 from .model import TopDownModel
@@ -33,6 +34,7 @@ __all__ = [
     "initialize_feedback",
     "prompt_from",
     "store_features",
+    "swapped_features",
 ]
 
 register(TopDownConfig, TopDownModel)

@@ -24,6 +24,7 @@ from ..core.layers import FeedbackPath, feedback_path_of
 from ..families.convnets import ConvNetFeedbackPath
 from .explanation import NUM_PREDICTIONS, Explanation, Pass
 from .grids import images_of, patch_grid
+from .swap import swapped_features
 
 
 def explain(
@@ -31,8 +32,8 @@ def explain(
 ) -> Explanation:
     """Show what the mask selects, and what the feedback changes in attention and output.
 
-    The model runs twice, in evaluation mode, without gradients and with eager attention; afterwards it is as it was.
-    Meanwhile no other thread should use it.
+    The model runs twice, and a third time if there are several rows, in evaluation mode, without gradients and with
+    eager attention; afterwards it is as it was. Meanwhile no other thread should use it.
 
     Args:
         model: has the adapter, as a PEFT model or injected directly.
@@ -63,6 +64,7 @@ def explain(
     with torch.no_grad(), in_evaluation_mode(model.modules()), _with_eager_attention(backbone):
         first = _Forward(backbone, path, has_feedback=False).run(model, inputs)
         second = _Forward(backbone, path, has_feedback=True).run(model, inputs)
+        swapped = _with_features_of_others(model, backbone, path, inputs) if len(second.mask) > 1 else None
     passes = first.as_pass(), second.as_pass()
     return Explanation(
         first=passes[0],
@@ -71,6 +73,7 @@ def explain(
         gate=second.gate,
         feedback_norm=second.feedback_norm,
         features=second.features,
+        swapped_logits=swapped,
         **_tokens(_side(model, name), second.mask, inputs, processor_or_tokenizer),
         **_picture(backbone, second.mask, inputs, processor_or_tokenizer),
         has_logits_of_tokens=_side(model, name) != "encoder_" and _is_of_tokens(second.logits, second.mask),
@@ -154,6 +157,14 @@ def _not_fused(path: FeedbackPath, args: tuple, kwargs: dict[str, Any]) -> dict[
         return path.forward(*args, **kwargs)
     finally:
         path.fused = fused
+
+
+def _with_features_of_others(
+    model: nn.Module, backbone: nn.Module, path: FeedbackPath, inputs: Mapping[str, Any]
+) -> np.ndarray | None:
+    with swapped_features(model):
+        logits = _Forward(backbone, path, has_feedback=True).run(model, inputs).logits
+    return None if logits is None else to_numpy(logits)
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:

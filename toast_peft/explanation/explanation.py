@@ -59,6 +59,9 @@ class Explanation:
         feedback_norm: for each block that receives feedback the norm of what is added to the input of its value
             projection, of a ConvNet to the input of the stage. Shape: [b, n], or [b, h, w] with its own size
         features: what the feedback starts from. Shape: [b, n, d], or [b, h, w, d]
+        swapped_logits: those of pass 2 with the feedback of the next row's features ([`swapped_features`]). Where they
+            are those of `second` the feedback does not depend on the input. `None` if there is one row. Shape: as the
+            logits
         tokens: for each row the text of its tokens, `None` if they are not those of a text.
         is_padding: whether a token is padding, which pictures leave out. Shape: as the mask
         images: from 0 to 1, `None` if there are none. Shape: [b, height, width, 3]
@@ -73,6 +76,7 @@ class Explanation:
     gate: np.ndarray | None
     feedback_norm: dict[int, np.ndarray]
     features: np.ndarray
+    swapped_logits: np.ndarray | None
     tokens: list[list[str]] | None
     is_padding: np.ndarray
     images: np.ndarray | None
