@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import gates
+import image_gates
 import offline
+import pandas as pd
 import pytest
 
 
@@ -23,3 +25,24 @@ def test_gates_and_scales_are_measured_on_all_texts(tmp_path: Path) -> None:
     assert shares["pass2-lora"] < shares["pass2-lora, then sequence gate"] <= 100
     assert (runs["perplexity"] > 1).all()
     assert "(100 %)" in (tmp_path / "gates.md").read_text()
+
+
+@pytest.mark.filterwarnings("ignore:The gate of the TOAST adapter")
+def test_each_set_of_images_is_the_target_once(tmp_path: Path) -> None:
+    base = offline.small_vit(tmp_path / "base", steps=1)
+    sizes = ["--fit_images", "24", "--test_images", "8"]
+    runs = image_gates.main(["--model_name_or_path", base, *sizes, "--output_dir", str(tmp_path)])
+    names = ["digits", "other digits", "negatives"]
+    assert [(row.target, row.set) for row in runs.itertuples()] == [
+        (target, name) for target in names for name in names
+    ]
+    assert ((runs["is"] == "target") == (runs["target"] == runs["set"])).all()
+    negatives = runs[runs["target"] == "negatives"].set_index("set")["left alone"]
+    assert negatives["negatives"] < negatives["digits"]
+    assert len((tmp_path / "image_gates.md").read_text().splitlines()) == 5
+
+
+def test_sets_that_are_in_no_reference_are_in_brackets() -> None:
+    kinds = {"a": "target", "b": "reference", "c": "unseen"}
+    runs = pd.DataFrame({"target": "a", "set": kinds.keys(), "is": kinds.values(), "left alone": [1.0, 99.0, 50.4]})
+    assert image_gates.table(runs).splitlines()[-1].split("|")[2:5] == [" 1   ", " 99  ", " (50) "]

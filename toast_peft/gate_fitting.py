@@ -1,10 +1,14 @@
 """Fits the gate of an adapter in closed form: which inputs the adapter is for, and which it is to leave alone.
 
     direction = normalise(mean of y over the target - mean of y over the reference)
-                with several domains in the reference: normalise((C + 1e-3 mean(diag C))^-1 (that difference)), where C
-                is the mean of the covariances of target and reference
+                with several domains in the reference: normalise((C + mean(diag C))^-1 (that difference)), where C is
+                the mean of the covariances of target and reference
     threshold = the 0.99 quantile of cos(y, direction) over a domain of the reference, the largest of them
-    width     = max(median of cos(y, direction) over the target - threshold, its standard deviation over the reference)
+    width     = max(median of cos(y, direction) over the target - threshold, 0.3 times its standard deviation over the
+                reference)
+
+The covariance is shrunk half-way to a multiple of the identity: what a few rows say about it holds for these rows, and
+a gate that trusts it is closed for them and not for others of their domain (docs/gates.md has the measurement).
 
 What y is, and what the gate does, is in `core/gate.py`.
 
@@ -38,7 +42,8 @@ Batches = Iterable[dict[str, Any]]
 Reference = Batches | Mapping[str, Batches] | Literal["generate"]
 Kind = Literal["sequence", "token"]
 
-_RIDGE = 1e-3
+_RIDGE = 1.0  # relative to the mean variance of a channel
+_NARROW = 0.3  # a width that the reference itself spans would never open for a target that is near
 _QUANTILE = 0.99
 _GENERATED = (64, 128)  # rows and tokens of what the base model writes as a reference
 _ROUNDING = 1e-6  # of a cosine: what lies on the threshold is closed
@@ -349,7 +354,8 @@ def _fit(target: torch.Tensor, domains: Mapping[str, torch.Tensor], quantile: fl
     of_reference = torch.cat(list(closed.values()))
     threshold = max(float(np.quantile(scores.numpy(), quantile, method="higher")) for scores in closed.values())
     threshold += _ROUNDING
-    width = max(float(opened.median()) - threshold, float(of_reference.std(unbiased=False)), _NARROWEST)
+    spread = float(of_reference.std(unbiased=False))
+    width = max(float(opened.median()) - threshold, _NARROW * spread, _NARROWEST)
     report = {"auc": _auc(opened, of_reference), "open_target": _share_above(opened, threshold)}
     names = {name: f"open_{name}" for name in closed}
     report |= {names[name]: _share_above(cosines, threshold) for name, cosines in closed.items()}
