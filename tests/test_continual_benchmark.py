@@ -94,3 +94,10 @@ def test_replay_is_half_as_many_blocks_more(folder: Path, monkeypatch: pytest.Mo
     study.train(None, "digits", [])
     new = study.rows["digits"]["train"][:8]
     assert trained == [[*new, *study.rows["prose"]["train"][:2], *study.rows["code"]["train"][:2]], new]
+
+
+def test_page_has_what_was_measured() -> None:
+    root = Path(__file__).parent.parent
+    page = (root / "docs" / "continual.md").read_text()
+    for table in continual.tables(pd.read_csv(root / "examples/benchmarks/results/continual.csv")).split("\n\n"):
+        assert table in page
