@@ -13,6 +13,8 @@ from datasets import Dataset, DatasetDict
 from .helpers import paths_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:The gate of the TOAST adapter")
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs" / "continual.md").read_text()
 TASKS = ["numeric", "code", "digits"]
 ORDER = [("base", 0)]
 ORDER += [(method, after) for method in ("one LoRA", "one LoRA + replay") for after in (1, 2, 3)]
@@ -97,7 +99,15 @@ def test_replay_is_half_as_many_blocks_more(folder: Path, monkeypatch: pytest.Mo
 
 
 def test_page_has_what_was_measured() -> None:
-    root = Path(__file__).parent.parent
-    page = (root / "docs" / "continual.md").read_text()
-    for table in continual.tables(pd.read_csv(root / "examples/benchmarks/results/continual.csv")).split("\n\n"):
-        assert table in page
+    for table in continual.tables(pd.read_csv(ROOT / "examples/benchmarks/results/continual.csv")).split("\n\n"):
+        assert table in PAGE
+
+
+def test_page_has_what_was_measured_of_strictness() -> None:
+    runs = pd.read_csv(ROOT / "examples/benchmarks/results/continual_quantiles.csv")
+    cells = runs.set_index(["method", "quantile", "text"])["perplexity"].unstack(sort=False)
+    refitted, oracle = cells.loc["gated adapters, refitted"], cells.loc["gated adapters, refitted, oracle"]
+    assert list(refitted.index) == [0.99, 0.95, 0.9, 0.8]
+    for quantile, row in refitted.iterrows():
+        shown = [f"{value:.4g} ({value / oracle.loc[quantile, text]:.3f})" for text, value in row.items()]
+        assert f"| {quantile} | {' | '.join(shown)} |" in PAGE

@@ -62,6 +62,7 @@ class Arguments:
     block_size: int = field(default=128, metadata={"help": "Tokens in a block."})
     max_train_blocks: int = field(default=100, metadata={"help": "Train on so many blocks of each task at most."})
     fit_blocks: int = field(default=64, metadata={"help": "Blocks of each text that gates are fitted to."})
+    quantile: float | None = field(default=None, metadata={"help": "How strict gates are. Default: 0.99."})
     test_blocks: int = field(default=40, metadata={"help": "Test on so many blocks at most."})
     num_train_epochs: float = field(default=2.0, metadata={"help": "Epochs of each training."})
     per_device_train_batch_size: int = field(default=4, metadata={"help": "Blocks in a batch."})
@@ -156,7 +157,8 @@ class Continual:
             model.set_adapter(task)
             others = [name for name in (seen if refitted else seen[:place]) if name != task]
             reference = {name: self.sample(name) for name in (self.source, *others)}
-            fit_gate(model, self.sample(task), reference, adapter_name=task, gate="sequence")
+            quantile = self.arguments.quantile
+            fit_gate(model, self.sample(task), reference, adapter_name=task, gate="sequence", quantile=quantile)
 
     def sample(self, name: str) -> list[dict[str, Any]]:
         """What is kept of a text to fit gates to."""
