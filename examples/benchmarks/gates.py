@@ -17,7 +17,7 @@ numbers.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import product
@@ -39,6 +39,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     HfArgumentParser,
+    PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
     TrainingArguments,
@@ -102,16 +103,10 @@ class Gates:
             data: dict[str, Any] = {name: docstrings(name == "numeric") for name in ("numeric", "prose")}
         else:
             data = {name: load_folder(path) for name, path in texts.items()}
-        self.rows = {name: {split: self.blocks(part) for split, part in of.items()} for name, of in data.items()}
+        self.rows = {name: blocks(of, self.tokenizer, arguments.block_size) for name, of in data.items()}
         self.reference = [Path(path).name for path in arguments.reference] or [
             name for name in data if name != self.target
         ]
-
-    def blocks(self, texts: Dataset) -> Rows:
-        """The texts, each the strings of its columns, as blocks of tokens."""
-        columns = [name for name, feature in texts.features.items() if getattr(feature, "dtype", None) == "string"]
-        joined = Dataset.from_dict({"text": ["\n".join(row[name] for name in columns) for row in texts]})
-        return token_rows(joined, self.tokenizer, self.arguments.block_size)
 
     def run(self) -> Iterator[dict[str, Any]]:
         """Train and measure with all seeds; one row for each method, seed and text."""
@@ -144,24 +139,15 @@ class Gates:
         if gate is not None:
             self.fit(model, gate)
         chosen = dict(rate.split("=") for rate in arguments.learning_rates)
-        settings = TrainingArguments(
+        return train(
+            model,
+            rows,
             output_dir=arguments.output_dir,
             num_train_epochs=arguments.num_train_epochs,
             per_device_train_batch_size=arguments.per_device_train_batch_size,
             learning_rate=float(chosen.get(method, METHODS[method].text)),
-            lr_scheduler_type="cosine",
-            warmup_steps=0.1,
             seed=seed,
-            save_strategy="no",
-            logging_strategy="no",
-            disable_tqdm=True,
-            dataloader_pin_memory=torch.accelerator.is_available(),
-            label_names=["labels"],
         )
-        trainer = Trainer(model, settings, default_data_collator, rows)
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-        return model.eval()
 
     def fit(self, model: PeftModel, gate: str) -> None:
         """Fit the gate of a model."""
@@ -197,6 +183,40 @@ def load_folder(path: str) -> dict[str, Dataset]:
     """The splits "train" and "test" of a folder."""
     files = {split: [str(file) for file in sorted(Path(path).glob(f"{split}.jsonl*"))] for split in ("train", "test")}
     return load_dataset("json", data_files=files)
+
+
+def blocks(texts: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase, block_size: int) -> dict[str, Rows]:
+    """The texts of each split, each the strings of its columns, as blocks of tokens."""
+    found = {}
+    for split, rows in texts.items():
+        columns = [name for name, feature in rows.features.items() if getattr(feature, "dtype", None) == "string"]
+        joined = Dataset.from_dict({"text": ["\n".join(row[name] for name in columns) for row in rows]})
+        found[split] = token_rows(joined, tokenizer, block_size)
+    return found
+
+
+def train(model: PeftModel, rows: Rows, **settings: Any) -> PeftModel:
+    """Train what can be trained of a model.
+
+    Args:
+        model: the model.
+        rows: blocks of tokens.
+        settings: of the [`TrainingArguments`], what is not the same for all trainings.
+    """
+    arguments = TrainingArguments(
+        lr_scheduler_type="cosine",
+        warmup_steps=0.1,
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.accelerator.is_available(),
+        label_names=["labels"],
+        **settings,
+    )
+    trainer = Trainer(model, arguments, default_data_collator, rows)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return model.eval()
 
 
 def table(runs: pd.DataFrame, target: str) -> str:
