@@ -30,7 +30,7 @@ from comparison import only_our_progress
 from cost import HelpFormatter
 from datasets import Dataset, load_dataset
 from methods import METHODS, apply_method
-from offline import docstrings, small_llama, token_rows
+from offline import docstrings, joined_columns, small_llama, token_rows
 from peft import PeftModel
 from peft.helpers import rescale_adapter_scale
 from torch.nn import functional as F
@@ -109,9 +109,7 @@ class Gates:
 
     def blocks(self, texts: Dataset) -> Rows:
         """The texts, each the strings of its columns, as blocks of tokens."""
-        columns = [name for name, feature in texts.features.items() if getattr(feature, "dtype", None) == "string"]
-        joined = Dataset.from_dict({"text": ["\n".join(row[name] for name in columns) for row in texts]})
-        return token_rows(joined, self.tokenizer, self.arguments.block_size)
+        return token_rows(joined_columns(texts), self.tokenizer, self.arguments.block_size)
 
     def run(self) -> Iterator[dict[str, Any]]:
         """Train and measure with all seeds; one row for each method, seed and text."""
