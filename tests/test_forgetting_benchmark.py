@@ -18,7 +18,7 @@ from forgetting import ForgettingArguments, ForgettingComparison
 from methods import METHODS, apply_method
 from optuna.trial import TrialState
 from scaling import Strength
-from tables import at_every_strength, choice_at_limit, limit_table
+from tables import CHANGES, at_every_strength, choice_at_limit, limit_table
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, ByT5Tokenizer, PreTrainedTokenizerFast
@@ -119,7 +119,7 @@ def test_gate_and_replay_see_the_reference_only(arguments: list[str], monkeypatc
 def test_the_choice_at_the_limit_is_printed_and_stored(arguments: list[str], capsys: pytest.CaptureFixture) -> None:
     methods = ["full", "toast-output-gated-initialized"]
     runs = forgetting.main([*arguments, "--methods", *methods, "--scales", "0.5", "0"])
-    assert list(runs["method"]) == [method for method in methods for _ in range(2)]
+    assert list(runs["method"]) == [method for method in methods for _ in range(2)]  # one search, and one test of it
     printed, folder = capsys.readouterr().out, Path(arguments[3])
     base = dict(re.findall(r"(\w+) perplexity ([\d.]+)", printed.partition("Base model: ")[2]))
     assert list(base) == ["target", "stories", "sums"]
@@ -138,9 +138,21 @@ def test_the_choice_at_the_limit_is_printed_and_stored(arguments: list[str], cap
     pd.testing.assert_frame_equal(limit_table(pd.read_csv(folder / "runs.csv"), 1.0), limit_table(runs, 1.0))
 
 
-def run(split: str, rate: float, **columns: float) -> dict[str, object]:
-    usual = {"method": "lora", "split": split, "learning_rate": rate, "forgetting": 0.0, "largest change": 2.0}
-    return usual | {name.replace("_", " ").replace("half", "0.5"): value for name, value in columns.items()}
+# Split, learning rate, and target perplexity, mean and largest change, at full and at half strength.
+RUNS = [
+    ("validation", 0.1, 10, 3, 5, 20, 1, 4),
+    ("validation", 0.2, 30, 2, 2, 40, 0, 1),
+    ("validation", 0.3, 1, 9, 9, 1, 9, 9),
+    ("test", 0.1, 11, 0, 0, 24, 5, 5),
+    ("test", 0.1, 11, 0, 0, 26, 7, 7),
+    ("test", 0.2, 31, 1, 1, 41, 1, 1),
+]
+
+
+def runs_of(rows: list[tuple]) -> pd.DataFrame:
+    measured = ["target perplexity", *CHANGES]
+    columns = ["split", "learning_rate", *measured, *(f"{name} at 0.5" for name in measured)]
+    return pd.DataFrame(rows, columns=columns).assign(method="lora", forgetting=0.0)
 
 
 def test_a_row_for_each_training_and_strength() -> None:
@@ -158,33 +170,24 @@ def test_the_choice_is_the_best_within_the_limit_or_what_changes_least() -> None
     assert choice_at_limit(points.assign(other=[2.0, 3.0, 1.0]), 1.0, "other")["target perplexity"] == 3
 
 
-def test_the_validation_chooses_the_strength_and_the_tests_are_shown() -> None:
-    runs = pd.DataFrame(
-        [
-            run(
-                "validation",
-                0.1,
-                target_perplexity=10,
-                mean_change=3,
-                target_perplexity_at_half=20,
-                mean_change_at_half=1,
-            ),
-            run(
-                "validation",
-                0.2,
-                target_perplexity=1,
-                mean_change=9,
-                target_perplexity_at_half=1,
-                mean_change_at_half=9,
-            ),
-            run("test", 0.1, target_perplexity=11, mean_change=0, target_perplexity_at_half=24, mean_change_at_half=5),
-            run("test", 0.1, target_perplexity=11, mean_change=0, target_perplexity_at_half=26, mean_change_at_half=7),
-        ]
-    )
+def test_the_validation_chooses_rate_and_strength_and_the_tests_are_shown() -> None:
+    runs = runs_of(RUNS)
     [row] = limit_table(runs, 1.0).to_dict("records")
     assert (row["alpha"], row["learning rate"]) == ("0.5", "1.0e-01")
     assert (row["target perplexity"], row["mean change, %"]) == ("25.0 ± 1.4", "6.0 ± 1.4")
     assert limit_table(runs, 5.0)["alpha"].item() == "1"
+    [row] = limit_table(runs, 1.0, "largest change").to_dict("records")
+    assert (row["alpha"], row["learning rate"], row["target perplexity"]) == ("0.5", "2.0e-01", "41.0")
+    assert limit_table(runs[:-1], 1.0, "largest change")["learning rate"].item() == "1.0e-01"  # of the tested ones
+
+
+def test_the_best_at_both_limits_is_tested() -> None:
+    comparison = object.__new__(ForgettingComparison)
+    rows = runs_of(RUNS[:3]).to_dict("records")
+    tries = [SimpleNamespace(number=number, user_attrs=row) for number, row in enumerate(rows)]
+    for limit, numbers in ((1.0, [0, 1]), (5.0, [0]), (9.0, [2])):
+        comparison.arguments = ForgettingArguments(max_change=limit)
+        assert [trial.number for trial in comparison.chosen(tries)] == numbers
 
 
 def test_changes_of_the_sources() -> None:
@@ -201,6 +204,7 @@ def test_changes_of_the_sources() -> None:
 @pytest.mark.parametrize("method", ["full", "lora", "oft", "toast-lite"])
 @torch.no_grad()
 def test_strength_leads_from_the_base_model_to_the_trained_one(base: str, method: str) -> None:
+    torch.manual_seed(0)  # a prompt that turns away from all tokens gives no feedback
     inputs = {"input_ids": torch.arange(3, 13).view(1, -1)}
     model = apply_method(AutoModelForCausalLM.from_pretrained(base), method, task_type="CAUSAL_LM").eval()
     strength = Strength(model, new_modules=[])

@@ -198,6 +198,10 @@ class Comparison(ABC):
     def goodness(self, metrics: dict[str, float]) -> tuple[float, ...]:
         """Higher for a better model."""
 
+    def chosen(self, searched: list[FrozenTrial]) -> list[FrozenTrial]:
+        """The tries that are trained anew and tested: the best one."""
+        return [max(searched, key=lambda trial: self.goodness(trial.user_attrs))]
+
     def measure_once(self, trainer: Trainer, split: str) -> dict[str, float]:
         """What is measured at full strength only."""
         return {}
@@ -224,8 +228,11 @@ class Comparison(ABC):
         with tqdm(total=len(methods) * (tries + seeds)) as progress:
             for method in methods:
                 searched = list(self.trials(method, "validation", self.search_points(method), progress))
-                best = max(searched, key=lambda trial: self.goodness(trial.user_attrs))
-                points = [best.params | {"seed": self.arguments.seed + index} for index in range(seeds)]
+                points = [
+                    chosen.params | {"seed": self.arguments.seed + index}
+                    for chosen in self.chosen(searched)
+                    for index in range(seeds)
+                ]
                 tested = self.trials(method, "test", points, progress)
                 for split, trials in zip(SPLITS, (searched, tested), strict=True):
                     rows += [{"method": method, "split": split} | trial.params | trial.user_attrs for trial in trials]

@@ -11,9 +11,10 @@ mean and the largest; and PEFT's own measure of forgetting, the loss of a token 
 a gate there are also the percentages of tokens whose logits are those of the base model, bit for bit.
 
 Any method forgets little if it is weak enough. So learning rate and strength are chosen together, on validation texts:
-the lowest perplexity of the target among those whose mean change is at most `--max_change`. The best is trained anew
-with `--seeds` seeds, and `limits.md` has its test results, `frontier.png` its curve over the strength. How methods are
-compared is told in `comparison.py`, what each of them trains in `methods.py`.
+the lowest perplexity of the target among those whose mean change is at most `--max_change`. A mean hides what is lost
+in one domain behind what is gained in others, so another choice is made by the largest change. Both are trained anew
+with `--seeds` seeds; `limits.md` has their test results, `frontier.png` their curves over the strength. How methods
+are compared is told in `comparison.py`, what each of them trains in `methods.py`.
 
 A target or source is a data set as `load_dataset` takes it, or a file; the texts in all its columns are joined and cut
 into blocks of tokens, which are the rows that are counted. The gate and the replay see blocks of the `--reference`,
@@ -33,11 +34,22 @@ from typing import Any
 import torch
 from comparison import SPLITS, Comparison, ComparisonArguments, Rows, load_named_data, only_our_progress, parse
 from datasets import DatasetDict
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from offline import docstrings, joined_columns, small_llama, token_rows
+from optuna.trial import FrozenTrial
 from pandas import DataFrame
 from peft import PeftModel
-from tables import CHANGES, TARGET, at_every_strength, choice_at_limit, limit_table, perplexity_of, unchanged_of
+from tables import (
+    CHANGES,
+    TARGET,
+    at_every_strength,
+    choice_at_limit,
+    choices_at_limit,
+    limit_table,
+    perplexity_of,
+    unchanged_of,
+)
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, Trainer, default_data_collator
 
@@ -133,11 +145,18 @@ class ForgettingComparison(Comparison):
                 same.append((logits == model(**inputs).logits).all(-1).flatten())
         return torch.cat(same).double().mean().item()
 
-    def goodness(self, metrics: dict[str, float]) -> tuple[float, ...]:
+    def goodness(self, metrics: dict[str, float], change: str = CHANGES[0]) -> tuple[float, ...]:
         """That of the best strength; a training that is over the limit at every strength is the worst."""
-        best = choice_at_limit(at_every_strength(DataFrame([metrics])), self.arguments.max_change)
-        is_within = best["mean change"] <= self.arguments.max_change
-        return -best[TARGET] if is_within else -math.inf, -best["mean change"]
+        best = choice_at_limit(at_every_strength(DataFrame([metrics])), self.arguments.max_change, change)
+        return -best[TARGET] if best[change] <= self.arguments.max_change else -math.inf, -best[change]
+
+    def chosen(self, searched: list[FrozenTrial]) -> list[FrozenTrial]:
+        """The best at the limit of the mean change, and at that of the largest one if it is another."""
+
+        def best(change: str) -> FrozenTrial:
+            return max(searched, key=lambda trial: self.goodness(trial.user_attrs, change))
+
+        return list({trial.number: trial for trial in map(best, CHANGES)}.values())
 
     @cached_property
     def of_base_model(self) -> dict[str, dict[str, float]]:
@@ -148,15 +167,17 @@ class ForgettingComparison(Comparison):
         return {split: self.perplexities(trainer, split) for split in SPLITS}
 
     def save(self, runs: DataFrame) -> None:
-        """The tables of all comparisons, and the choice at the limit."""
-        super().save(runs)
+        """The tables of all comparisons, of the first choice, and those of both choices at their limits."""
+        first = runs["method"].map(runs[runs["split"] == "test"].groupby("method")["learning_rate"].first())
+        super().save(runs[(runs["split"] != "test") | (runs["learning_rate"] == first)])
+        runs.to_csv(self.folder / "runs.csv", index=False)
         tables = [
             f"{limit_table(runs, self.arguments.max_change, change).to_markdown(disable_numparse=True)}\n"
             for change in CHANGES
         ]
         (self.folder / "limits.md").write_text("\n".join(tables))
         base = self.of_base_model["test"]
-        frontier(runs, base[TARGET], self.arguments.max_change).savefig(self.folder / "frontier.png", dpi=120)
+        frontier(runs, base, self.arguments.max_change).savefig(self.folder / "frontier.png", dpi=120)
         print("", *tables, sep="\n")
         print("Base model:", ", ".join(f"{name} {value:.3f}" for name, value in base.items()))
 
@@ -188,27 +209,34 @@ def changes(perplexities: dict[str, tuple[float, float]]) -> dict[str, float]:
     return {mean: sum(relative) / len(relative), largest: max(relative), "forgetting": sum(losses) / len(losses)}
 
 
-def frontier(runs: DataFrame, target_of_base: float, limit: float) -> Figure:
-    """The exchange of one for the other: a curve over the strength for each method, which starts at the base model.
+def frontier(runs: DataFrame, base: dict[str, float], limit: float) -> Figure:
+    """What is learned in exchange for what changes: the mean of the sources on the left, the largest on the right.
 
     Args:
         runs: one row for each training.
-        target_of_base: the perplexity of the target before the training.
-        limit: of the mean change, in per cent.
+        base: the perplexities before the training.
+        limit: of both changes, in per cent.
     """
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    points = at_every_strength(runs[runs["split"] == "test"])
-    for index, (method, group) in enumerate(points.groupby("method", sort=False)):
-        curve = group.groupby("alpha")[[TARGET, "mean change"]].mean()
-        ends = [target_of_base, *curve[TARGET]], [0.0, *curve["mean change"]]
-        axes.plot(*ends, marker="os^vD"[index % 5], markersize=4, color=f"C{index % 10}", label=method)
-    axes.axhline(limit, color="gray", linestyle="--", linewidth=1)
-    axes.set_yscale("symlog", linthresh=1.0)
-    axes.set(xlabel=f"{TARGET} (test)", ylabel="mean change of the sources' perplexities, %", xscale="log")
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper")
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    for axes, change in zip(figure.subplots(1, 2, sharex=True), CHANGES, strict=True):
+        draw_curves(axes, runs, base[TARGET], limit, change)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
+
+
+def draw_curves(axes: Axes, runs: DataFrame, target_of_base: float, limit: float, change: str) -> None:
+    """A curve over the strength for each method, from the base model, at the learning rate chosen at the limit."""
+    chosen = choices_at_limit(runs, limit, change)
+    points = at_every_strength(runs[runs["split"] == "test"])
+    axes.set_yscale("symlog", linthresh=1.0)
+    for index, (method, choice) in enumerate(chosen.items()):
+        of_rate = points[(points["method"] == method) & (points["learning_rate"] == choice["learning_rate"])]
+        curve = of_rate.groupby("alpha")[[TARGET, change]].mean()
+        style = {"marker": "os^vD"[index % 5], "markersize": 4, "color": f"C{index % 10}"}
+        axes.plot([target_of_base, *curve[TARGET]], [0.0, *curve[change]], label=method, **style)
+    axes.axhline(limit, color="gray", linestyle="--", linewidth=1)
+    axes.set(xlabel=TARGET, ylabel=f"{change} of the other domains' perplexities, %", xscale="log")
+    axes.grid(alpha=0.3)
 
 
 def main(arguments: list[str] | None = None) -> DataFrame:

@@ -102,37 +102,49 @@ def choice_at_limit(points: pd.DataFrame, limit: float, change: str = CHANGES[0]
     return points.loc[points[change].idxmin()] if within.empty else within.loc[within[TARGET].idxmin()]
 
 
-def limit_table(runs: pd.DataFrame, limit: float, change: str = CHANGES[0]) -> pd.DataFrame:
-    """One row for each method: its tests at the strength that the validation chose at a limit, the best one first.
-
-    The learning rate is that of the tests, which was chosen at a limit of the mean change.
+def choices_at_limit(runs: pd.DataFrame, limit: float, change: str = CHANGES[0]) -> dict[str, pd.Series]:
+    """For each method what the validation chooses at a limit, of the tested learning rates and all strengths.
 
     Args:
         runs: one row for each training.
         limit: of the change, in per cent.
         change: the column with it.
     """
-    points = at_every_strength(runs)
-    rows = []
-    for method, of_method in points.groupby("method", sort=False):
-        tested = of_method[of_method["split"] == "test"]
-        rates = tested["learning_rate"].unique()
-        tried = of_method[(of_method["split"] == "validation") & of_method["learning_rate"].isin(rates)]
-        chosen = choice_at_limit(tried, limit, change)
-        rows.append((tested[tested["alpha"] == chosen["alpha"]], f"`{method}`", chosen))
-    rows.sort(key=lambda row: row[0][TARGET].mean())
-    return pd.DataFrame([limit_row(*row) for row in rows]).set_index("method")
+    tested = runs[runs["split"] == "test"].groupby("method")["learning_rate"].unique()
+    tried = at_every_strength(runs[runs["split"] == "validation"])
+    return {
+        method: choice_at_limit(points[points["learning_rate"].isin(tested[method])], limit, change)
+        for method, points in tried.groupby("method", sort=False)
+        if method in tested
+    }
 
 
-def limit_row(tested: pd.DataFrame, name: str, chosen: pd.Series) -> dict[str, str]:
+def limit_table(runs: pd.DataFrame, limit: float, change: str = CHANGES[0]) -> pd.DataFrame:
+    """One row for each method: its tests at what the validation chose at a limit, the best one first.
+
+    Args:
+        runs: one row for each training.
+        limit: of the change, in per cent.
+        change: the column with it.
+    """
+    points = at_every_strength(runs[runs["split"] == "test"])
+    tested = {}
+    for method, chosen in choices_at_limit(runs, limit, change).items():
+        is_chosen = points[["method", "learning_rate", "alpha"]] == [method, chosen["learning_rate"], chosen["alpha"]]
+        tested[method] = points[is_chosen.all(axis=1)]
+    rows = sorted(tested.values(), key=lambda tests: tests[TARGET].mean())
+    return pd.DataFrame([limit_row(tests) for tests in rows]).set_index("method")
+
+
+def limit_row(tested: pd.DataFrame) -> dict[str, str]:
     """A row of `limit_table`; with a gate there are also the percentages of unchanged tokens, behind the perplexities.
 
     Args:
-        tested: the tests of a method at a strength.
-        name: of the method.
-        chosen: what the validation chose.
+        tested: the tests of a method at a learning rate and a strength.
     """
-    row = {"method": name, "learning rate": f"{chosen['learning_rate']:.1e}", "alpha": f"{chosen['alpha']:g}"}
+    first = tested.iloc[0]
+    row = {"method": f"`{first['method']}`", "learning rate": f"{first['learning_rate']:.1e}"}
+    row |= {"alpha": f"{first['alpha']:g}"}
     row |= {TARGET: mean_and_deviation(tested[TARGET], 1)}
     row |= {f"{change}, %": mean_and_deviation(tested[change], 1) for change in CHANGES}
     row["forgetting"] = f"{tested['forgetting'].mean():.3f}"
@@ -143,9 +155,9 @@ def limit_row(tested: pd.DataFrame, name: str, chosen: pd.Series) -> dict[str, s
     return row
 
 
-def forgetting() -> pd.DataFrame:
-    """What each method reaches at a mean change of 1 % of the other domains."""
-    return limit_table(pd.read_csv(RESULTS / "forgetting_tinyshakespeare.csv"), limit=1.0)
+def forgetting(change: str = CHANGES[0]) -> pd.DataFrame:
+    """What each method reaches at a change of 1 % of the other domains, in the mean or the largest."""
+    return limit_table(pd.read_csv(RESULTS / "forgetting_tinyshakespeare.csv"), 1.0, change)
 
 
 def segmentation() -> pd.DataFrame:
@@ -225,5 +237,5 @@ def mask_shares() -> pd.DataFrame:
 
 
 if __name__ == "__main__":
-    for table in (images(), forgetting(), segmentation(), focus(), curves(), mask_shares()):
+    for table in (images(), *map(forgetting, CHANGES), segmentation(), focus(), curves(), mask_shares()):
         print(table.to_markdown(disable_numparse=True), end="\n\n")
