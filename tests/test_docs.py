@@ -8,6 +8,7 @@ import ast
 import re
 import runpy
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -278,7 +279,10 @@ def segmentation() -> pd.DataFrame:
     )
 
 
-@pytest.mark.parametrize("table", [TABLES["images"], TABLES["forgetting"]])
+FORGETTING = {change: partial(TABLES["forgetting"], change) for change in TABLES["CHANGES"]}
+
+
+@pytest.mark.parametrize("table", [TABLES["images"], *FORGETTING.values()])
 def test_tables_are_what_was_measured(table: Callable[[], pd.DataFrame]) -> None:
     assert "\n".join(in_markdown(table())) in RESULTS
 
@@ -293,11 +297,16 @@ def test_table_of_segmentation_is_what_was_measured() -> None:
 
 
 def test_readme_sums_up_what_was_measured() -> None:
-    runs = pd.read_csv(BENCHMARKS / "results" / "forgetting_tinyshakespeare.csv").query("split == 'test'")
-    means = runs.groupby("method")[["target perplexity", "source perplexity"]].mean().round().astype(int)
-    (toast_target, toast_source), (lora_target, lora_source) = means.loc["toast"], means.loc["lora"]
-    of_source = f"a perplexity of {toast_source} against {lora_source} on the source"
-    assert f"{of_source}, at {toast_target} against {lora_target} on the target" in " ".join(README.split())
+    names = {"gated": "`pass2-lora-gated`", "full": "`full`", "lora": "`lora-all-linear`"}
+    mean, largest = (
+        {short: round(float(table()["target perplexity"][name].split()[0])) for short, name in names.items()}
+        for table in FORGETTING.values()
+    )
+    readme = " ".join(README.split())
+    assert f"to {largest['gated']} with a gate, to {largest['full']} with full fine-tuning and" in readme
+    assert f"to {largest['lora']} with LoRA on all linear layers" in readme
+    assert f"full fine-tuning ({mean['full']}) and LoRA on all linear layers ({mean['lora']})" in readme
+    assert f"than what is gated ({mean['gated']})" in readme
 
 
 if __name__ == "__main__":
