@@ -177,7 +177,7 @@ class ForgettingComparison(Comparison):
         ]
         (self.folder / "limits.md").write_text("\n".join(tables))
         base = self.of_base_model["test"]
-        frontier(runs, base, self.arguments.max_change).savefig(self.folder / "frontier.png", dpi=120)
+        frontier(runs, base, self.arguments.max_change).savefig(self.folder / "frontier.png", dpi=90)
         print("", *tables, sep="\n")
         print("Base model:", ", ".join(f"{name} {value:.3f}" for name, value in base.items()))
 
