@@ -231,6 +231,10 @@ def toast_names(blocks: range, factors: tuple[str, ...] = ("",), of_transform: t
     return {f"vit.feedback_path.{part}.weight" for part in parts}
 
 
+def oft_names(layers: list[str]) -> set[str]:
+    return {f"vit.layers.{block}.{layer}.oft_R.weight" for block in range(BLOCKS) for layer in layers}
+
+
 def lora_names(layers: list[str]) -> set[str]:
     return {
         f"vit.layers.{block}.{layer}.lora_{factor}.weight"
@@ -253,7 +257,9 @@ def names_of_base(ending: str = "") -> set[str]:
     return {name for name, _ in tiny_vit().named_parameters() if name.endswith(ending)}
 
 
-ATTENTION = [f"attention.{part}_proj" for part in "qkvo"]
+ATTENTION, MLP_LAYERS = [f"attention.{part}_proj" for part in "qkvo"], ["mlp.fc1", "mlp.fc2"]
+ALL_LINEAR = [*ATTENTION, *MLP_LAYERS]
+OUTPUT = {"vit.feedback_path.to_output.topdown_output.weight"}
 ALL, EARLY, LATE, LITE = range(BLOCKS), range(2), range(2, BLOCKS), ("_A", "_B")
 TRAINABLE = {
     "linear": set(),
@@ -261,10 +267,16 @@ TRAINABLE = {
     "bitfit": names_of_base(".bias"),
     "vpt-deep": {"prompts.weight"},
     "lora": lora_names([ATTENTION[0], ATTENTION[2]]),
-    "lora-all-linear": lora_names([*ATTENTION, "mlp.fc1", "mlp.fc2"]),
-    "pass2-lora": pass2_names([*ATTENTION, "mlp.fc1", "mlp.fc2"]),
+    "lora-mlp": lora_names(MLP_LAYERS),
+    "lora-all-linear": lora_names(ALL_LINEAR),
+    "lora-all-linear-replay": lora_names(ALL_LINEAR),
+    "oft": oft_names(ALL_LINEAR),
+    "pass2-lora": pass2_names(ALL_LINEAR),
+    "pass2-lora-gated": pass2_names(ALL_LINEAR),
     "toast": toast_names(ALL),
     "toast-initialized": toast_names(ALL),
+    "toast-output-initialized": toast_names(ALL) | OUTPUT,
+    "toast-output-gated-initialized": toast_names(ALL) | OUTPUT,
     "toast-pretuned": toast_names(ALL),
     "toast-early": toast_names(EARLY),
     "toast-late": toast_names(LATE),
@@ -280,15 +292,17 @@ TRAINABLE = {
 def test_a_method_trains_its_own_parameters_and_the_new_head(
     method: str, monkeypatch: pytest.MonkeyPatch, pretrained_feedback: list[str | None]
 ) -> None:
-    calls = []
+    calls, fits = [], []
     monkeypatch.setattr(toast_peft, "initialize_feedback", lambda *args: calls.append(args))
-    model = apply_method(tiny_vit(), method, "batches", "saved", **NEW_HEAD)
+    monkeypatch.setattr(toast_peft, "fit_gate", lambda *args: fits.append(args))
+    model = apply_method(tiny_vit(), method, "batches", "saved", reference="reference", **NEW_HEAD)
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     for addition in ("base_model.model.", ".default", ".modules_to_save"):
         names = {name.replace(addition, "") for name in names}
     assert names == TRAINABLE[method] | HEAD
     assert ("saved" in pretrained_feedback) == (method == "toast-pretuned")
     assert calls == ([(model, "batches")] if method.endswith("-initialized") else [])
+    assert fits == ([(model, "batches", "reference")] if "-gated" in method else [])
 
 
 @pytest.mark.parametrize("method", ["lora", "toast", "bitfit"])
@@ -375,8 +389,9 @@ def test_the_default_are_all_methods_that_can_run() -> None:
     def chosen(*arguments: str) -> list[str]:
         return compare_methods.parse(compare_methods.ImageComparisonArguments, "vision", None, list(arguments)).methods
 
-    assert chosen() == [name for name in METHODS if name != "toast-pretuned"]
-    assert chosen("--pretrained_feedback", "saved") == list(METHODS)
+    possible = [name for name, method in METHODS.items() if method.vision is not None]
+    assert chosen() == [name for name in possible if name != "toast-pretuned"]
+    assert chosen("--pretrained_feedback", "saved") == possible
 
 
 def test_help_fits_on_two_screens(capsys: pytest.CaptureFixture) -> None:

@@ -27,8 +27,8 @@ from datasets import DatasetDict, disable_progress_bars, load_dataset
 from matplotlib.figure import Figure
 from methods import METHODS, apply_method
 from optuna.trial import FrozenTrial, TrialState
-from scaling import NOT_SCALED, Strength, column_at, curves
-from tables import comparison_table
+from scaling import NOT_SCALED, Strength, curves
+from tables import column_at, comparison_table
 from torch import nn
 from torch.quasirandom import SobolEngine
 from torch.utils.data import DataLoader
@@ -42,6 +42,7 @@ Point = dict[str, float]
 SPLITS = ("validation", "test")
 # Of new modules, with every method but "linear", which trains nothing else and searches around its own.
 NEW_MODULES_LEARNING_RATE = 3e-3
+GATE_ROWS = 64  # of each domain of the reference; more change little
 
 
 @dataclass
@@ -124,12 +125,12 @@ def parse(
     return parsed
 
 
-def load_named_data(arguments: ComparisonArguments, columns: dict[str, str]) -> DatasetDict | None:
+def load_named_data(arguments: ComparisonArguments, columns: dict[str, str] | None = None) -> DatasetDict | None:
     """The data that the arguments name, with the splits "train" and "test"; `None` if they name none.
 
     Args:
         arguments: those of the script.
-        columns: the columns to keep, and their new names.
+        columns: the columns to keep, and their new names. Default: all.
     """
     if arguments.train_file is not None:
         files = {"train": arguments.train_file, "test": arguments.test_file}
@@ -143,6 +144,8 @@ def load_named_data(arguments: ComparisonArguments, columns: dict[str, str]) -> 
     if "test" not in data:
         data = data if "validation" in data else data["train"].train_test_split(0.1, seed=0)
         data = DatasetDict(train=data["train"], test=data["validation" if "validation" in data else "test"])
+    if columns is None:
+        return data
     data = data.select_columns(list(columns))
     return data.rename_columns({old: new for old, new in columns.items() if old != new})
 
@@ -150,7 +153,8 @@ def load_named_data(arguments: ComparisonArguments, columns: dict[str, str]) -> 
 class Comparison(ABC):
     """A model and data on which methods are compared.
 
-    `kind` is "vision" or "text", `columns` are the measured ones in the table.
+    `kind` is "vision" or "text", `columns` are the measured ones in the table, `scaled` the splits that trained models
+    are measured on at all strengths, `reference` what a gate is to leave alone, and what is replayed, by domains.
 
     Args:
         arguments: those of the script.
@@ -160,10 +164,12 @@ class Comparison(ABC):
     """
 
     kind: ClassVar[str]
-    columns: ClassVar[list[str]]
+    columns: list[str]
+    scaled: ClassVar[tuple[str, ...]] = ("test",)
 
     def __init__(self, arguments: ComparisonArguments) -> None:
         self.arguments = arguments
+        self.reference: dict[str, Rows] = {}
         self.folder = Path(arguments.output_dir)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.storage = optuna.storages.RDBStorage(f"sqlite:///{self.folder / 'study.db'}")
@@ -192,9 +198,17 @@ class Comparison(ABC):
     def goodness(self, metrics: dict[str, float]) -> tuple[float, ...]:
         """Higher for a better model."""
 
+    def chosen(self, searched: list[FrozenTrial]) -> list[FrozenTrial]:
+        """The tries that are trained anew and tested: the best one."""
+        return [max(searched, key=lambda trial: self.goodness(trial.user_attrs))]
+
+    def measure_once(self, trainer: Trainer, split: str) -> dict[str, float]:
+        """What is measured at full strength only."""
+        return {}
+
     def study(self, method: str, split: str) -> optuna.Study:
         """The study of a method, of the search or of the test; its value is the first of `goodness`."""
-        unshared = {"methods", "tries", "seeds", "output_dir", "store_features"}
+        unshared = {"methods", "tries", "seeds", "output_dir", "store_features", "max_change"}
         unshared |= set() if method == "toast-pretuned" else {"pretrained_feedback"}
         settings = {name: value for name, value in asdict(self.arguments).items() if name not in unshared}
         study = optuna.create_study(
@@ -214,8 +228,11 @@ class Comparison(ABC):
         with tqdm(total=len(methods) * (tries + seeds)) as progress:
             for method in methods:
                 searched = list(self.trials(method, "validation", self.search_points(method), progress))
-                best = max(searched, key=lambda trial: self.goodness(trial.user_attrs))
-                points = [best.params | {"seed": self.arguments.seed + index} for index in range(seeds)]
+                points = [
+                    chosen.params | {"seed": self.arguments.seed + index}
+                    for chosen in self.chosen(searched)
+                    for index in range(seeds)
+                ]
                 tested = self.trials(method, "test", points, progress)
                 for split, trials in zip(SPLITS, (searched, tested), strict=True):
                     rows += [{"method": method, "split": split} | trial.params | trial.user_attrs for trial in trials]
@@ -270,12 +287,18 @@ class Comparison(ABC):
         model.to(arguments.device)
         batch_size = arguments.per_device_train_batch_size
         batches = DataLoader(rows, batch_size, shuffle=True, collate_fn=self.collate)
+        reference = {
+            domain: DataLoader(of_domain[:GATE_ROWS], batch_size, collate_fn=self.collate)
+            for domain, of_domain in self.reference.items()
+        }
         start = time.perf_counter()
-        model = apply_method(model, method, batches, self.arguments.pretrained_feedback, **peft_options)
+        model = apply_method(
+            model, method, batches, self.arguments.pretrained_feedback, reference=reference, **peft_options
+        )
         new_modules = [] if method == "linear" else peft_options.get("modules_to_save", [])
         optimizer = make_optimizer(model, learning_rate, weight_decay, new_modules)
         strength = Strength(model, peft_options.get("modules_to_save", []))
-        data, collate = rows, self.collate
+        data, collate = rows + self.replayed(round(METHODS[method].replay * len(rows))), self.collate
         if self.arguments.store_features is not None and method.startswith("toast"):
             folder = Path(self.arguments.store_features) / method / ("train" if split == "test" else "search")
             data = store_features(model, rows, folder, data_collator=collate)
@@ -283,19 +306,24 @@ class Comparison(ABC):
         trainer = Trainer(model, arguments, collate, data, optimizers=(optimizer, None))
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-        measured = {"seconds": time.perf_counter() - start} | self.measure(trainer, split)
-        if split == "test" and method not in NOT_SCALED:
-            measured |= self.measure_at_scales(trainer, strength)
+        measured = {"seconds": time.perf_counter() - start}
+        measured |= self.measure(trainer, split) | self.measure_once(trainer, split)
+        if split in self.scaled and method not in NOT_SCALED:
+            measured |= self.measure_at_scales(trainer, strength, split)
         measured["trainable_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
         batch = BatchFeature(self.collate(rows[:batch_size])).to(model.device)
         return measured | training_step_cost(model, batch)
 
-    def measure_at_scales(self, trainer: Trainer, strength: Strength) -> dict[str, float]:
-        """What the table shows about a trained model at the other strengths that were asked for, on the test split."""
+    def replayed(self, number: int) -> Rows:
+        """So many rows, or a few less: the first ones of each domain of the reference."""
+        return [row for rows in self.reference.values() for row in rows[: number // len(self.reference)]]
+
+    def measure_at_scales(self, trainer: Trainer, strength: Strength, split: str) -> dict[str, float]:
+        """What the table shows about a trained model at the other strengths that were asked for."""
         measured = {}
         for alpha in self.arguments.scales or []:
             with strength.at(alpha):
-                metrics = self.measure(trainer, "test")
+                metrics = self.measure(trainer, split)
             measured |= {column_at(column, alpha): metrics[column] for column in self.columns}
         return measured
 

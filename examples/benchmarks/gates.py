@@ -30,7 +30,7 @@ from comparison import only_our_progress
 from cost import HelpFormatter
 from datasets import Dataset, load_dataset
 from methods import METHODS, apply_method
-from offline import docstrings, small_llama, token_rows
+from offline import docstrings, joined_columns, small_llama, token_rows
 from peft import PeftModel
 from peft.helpers import rescale_adapter_scale
 from torch.nn import functional as F
@@ -187,12 +187,7 @@ def load_folder(path: str) -> dict[str, Dataset]:
 
 def blocks(texts: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase, block_size: int) -> dict[str, Rows]:
     """The texts of each split, each the strings of its columns, as blocks of tokens."""
-    found = {}
-    for split, rows in texts.items():
-        columns = [name for name, feature in rows.features.items() if getattr(feature, "dtype", None) == "string"]
-        joined = Dataset.from_dict({"text": ["\n".join(row[name] for name in columns) for row in rows]})
-        found[split] = token_rows(joined, tokenizer, block_size)
-    return found
+    return {split: token_rows(joined_columns(rows), tokenizer, block_size) for split, rows in texts.items()}
 
 
 def train(model: PeftModel, rows: Rows, **settings: Any) -> PeftModel:

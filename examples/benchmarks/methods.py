@@ -10,17 +10,19 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig, PeftConfig, get_peft_model
+from peft import LoraConfig, OFTConfig, PeftConfig, get_peft_model
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 import toast_peft
 from toast_peft import TopDownConfig
+from toast_peft.gate_fitting import Batches
 
 PROMPT_LENGTH = 10
 # What transformers calls these projections, in most models, in older ones, and in GPT-2, where the keys are in it too.
 QUERIES_AND_VALUES = ["q_proj", "v_proj", "query", "value", "c_attn"]
+MLP = ["gate_proj", "up_proj", "down_proj", "fc1", "fc2"]
 
 
 class Method(NamedTuple):
@@ -29,26 +31,39 @@ class Method(NamedTuple):
     Args:
         vision, text: learning rate for Adam that the search is centred on; `None` if it is not for these models.
         config: makes the PEFT config; `None` for a method without an adapter.
+        replay: how many examples of the reference are trained on as well, relative to those of the target.
     """
 
     vision: float | None
     text: float | None
     config: Callable[..., PeftConfig] | None = None
+    replay: float = 0.0
 
 
 _lora = partial(LoraConfig, r=8, lora_alpha=16)
+_lora_all_linear = partial(_lora, target_modules="all-linear")
+_oft = partial(OFTConfig, target_modules="all-linear")
 _lite = partial(TopDownConfig, r=8)
-_second_pass = partial(TopDownConfig, r=1, trainable_parts=["pass2"], pass2_target_modules="all-linear")
+_output = partial(TopDownConfig, feedback_to_output=True)
+_second_pass = partial(
+    TopDownConfig, r=1, trainable_parts=["pass2"], pass2_target_modules="all-linear", pass2_r=8, pass2_lora_alpha=16
+)
 METHODS = {
     "linear": Method(1e-2, None),
     "full": Method(5e-5, 1.6e-4),
     "bitfit": Method(3e-3, None),
     "vpt-deep": Method(1e-2, None),
     "lora": Method(2e-3, 5e-3, partial(_lora, target_modules=QUERIES_AND_VALUES)),
-    "lora-all-linear": Method(2e-3, 5e-3, partial(_lora, target_modules="all-linear")),
-    "pass2-lora": Method(2e-3, 5e-3, partial(_second_pass, pass2_r=8, pass2_lora_alpha=16)),
+    "lora-mlp": Method(None, 1.5e-3, partial(_lora, target_modules=MLP)),
+    "lora-all-linear": Method(2e-3, 1.5e-3, _lora_all_linear),
+    "lora-all-linear-replay": Method(None, 1.5e-3, _lora_all_linear, replay=0.5),
+    "oft": Method(None, 1.5e-3, _oft),
+    "pass2-lora": Method(2e-3, 1.5e-3, _second_pass),
+    "pass2-lora-gated": Method(None, 1.5e-3, partial(_second_pass, gate="sequence")),
     "toast": Method(2e-4, 3e-3, TopDownConfig),
     "toast-initialized": Method(2e-4, 3e-3, TopDownConfig),
+    "toast-output-initialized": Method(None, 3e-3, _output),
+    "toast-output-gated-initialized": Method(None, 3e-3, partial(_output, gate="sequence")),
     "toast-pretuned": Method(2e-4, 3e-3, TopDownConfig),
     "toast-early": Method(2e-4, 3e-3, partial(TopDownConfig, feedback_from=0.5)),
     "toast-late": Method(2e-4, 3e-3, partial(TopDownConfig, feedback_to=0.5)),
@@ -65,6 +80,7 @@ def apply_method(
     name: str,
     batches: DataLoader | None = None,
     pretrained_feedback: str | None = None,
+    reference: dict[str, Batches] | None = None,
     **options: Any,
 ) -> nn.Module:
     """Make a model ready for training with a method.
@@ -74,6 +90,7 @@ def apply_method(
         name: one of `METHODS`.
         batches: training batches, for a method that starts from the data.
         pretrained_feedback: the saved TOAST adapter that "toast-pretuned" starts from.
+        reference: batches of what a gate is to leave alone, by the names of their domains; for a method with a gate.
         options: `task_type` and `modules_to_save` of the PEFT config; the latter is also what the methods without an
             adapter train besides what is theirs.
 
@@ -83,11 +100,15 @@ def apply_method(
     if config := METHODS[name].config:
         if name == "toast-pretuned":
             options["pretrained_feedback"] = pretrained_feedback
-        if name == "lora-all-linear" and "modules_to_save" in options:  # what is trained as a whole needs no adapter
-            options["exclude_modules"] = rf"(.*\.)?({'|'.join(options['modules_to_save'])})(\..*)?"
-        model = get_peft_model(model, config(**options))
+        config = config(**options)
+        if getattr(config, "target_modules", None) == "all-linear" and config.modules_to_save:
+            # What is trained as a whole needs no adapter.
+            config.exclude_modules = rf"(.*\.)?({'|'.join(config.modules_to_save)})(\..*)?"
+        model = get_peft_model(model, config)
         if name.endswith("-initialized"):
             toast_peft.initialize_feedback(model, batches)
+        if getattr(config, "gate", None) is not None:
+            toast_peft.fit_gate(model, batches, reference)
         return model
     model.requires_grad_(name == "full")
     for new in options.get("modules_to_save", []):

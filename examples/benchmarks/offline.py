@@ -95,6 +95,12 @@ def image_rows(images: Dataset, processor: BaseImageProcessor) -> Rows:
     ]
 
 
+def joined_columns(texts: Dataset) -> Dataset:
+    """The texts with one column "text", in which those of all columns of strings are joined."""
+    columns = [name for name, feature in texts.features.items() if getattr(feature, "dtype", None) == "string"]
+    return Dataset.from_dict({"text": ["\n".join(row[name] for name in columns) for row in texts]})
+
+
 def token_rows(texts: Dataset, tokenizer: PreTrainedTokenizerBase, block_size: int) -> Rows:
     """The texts tokenized, joined and cut into blocks; what is left at the end is dropped."""
     tokens = tokenizer(list(texts["text"]))["input_ids"]

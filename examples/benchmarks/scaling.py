@@ -3,9 +3,9 @@
     base + alpha * (trained - base)
 
 Every method has such a number, and anyone can turn it after the training, so a comparison at alpha = 1 alone compares
-points of curves. It is the scale of a LoRA and that of the feedback of TOAST; without an adapter it is a place on the
-line from the weights of the base model to the trained ones, as in WiSE-FT (https://arxiv.org/abs/2109.01903). New
-modules, such as a head, stay as they were trained.
+points of curves. It is the scale of a LoRA and that of the feedback of TOAST; for what has no such scale it is a place
+on the line from the weights before the training to those after it, as in WiSE-FT (https://arxiv.org/abs/2109.01903).
+New modules, such as a head, stay as they were trained.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,8 @@ import pandas as pd
 import torch
 from peft import PeftModel
 from peft.helpers import rescale_adapter_scale
-from tables import mean_and_deviation
+from peft.tuners.lora import LoraLayer
+from tables import column_at, mean_and_deviation
 from torch import nn
 
 # What these train is new in the model, so that there is nothing to go back to.
@@ -32,20 +33,21 @@ class Strength:
 
     def __init__(self, model: nn.Module, new_modules: list[str]) -> None:
         self.model = model
+        self.is_toast = isinstance(model, PeftModel) and hasattr(model, "rescaled_feedback")
+        has_scale = self.is_toast or any(isinstance(module, LoraLayer) for module in model.modules())
         self.start = {
             name: parameter.detach().clone()
             for name, parameter in model.named_parameters()
             if parameter.requires_grad
-            and not isinstance(model, PeftModel)
+            and not has_scale
             and not any(f".{module}." in f".{name}" for module in new_modules)
         }
 
     def at(self, alpha: float) -> AbstractContextManager[None]:
         """The trained model at a strength, in a `with` block."""
-        if not isinstance(self.model, PeftModel):
+        if self.start:
             return self._between(alpha)
-        is_toast = hasattr(self.model, "rescaled_feedback")
-        return self.model.rescaled_feedback(alpha) if is_toast else rescale_adapter_scale(self.model, alpha)
+        return self.model.rescaled_feedback(alpha) if self.is_toast else rescale_adapter_scale(self.model, alpha)
 
     @contextmanager
     @torch.no_grad()
@@ -58,11 +60,6 @@ class Strength:
         finally:
             for name, weight in trained.items():
                 self.model.get_parameter(name).copy_(weight)
-
-
-def column_at(column: str, alpha: float) -> str:
-    """Where the value of a column at a strength is among those of a training."""
-    return f"{column} at {alpha:g}"
 
 
 def curves(runs: pd.DataFrame, columns: list[str], scales: list[float], digits: int = 3) -> pd.DataFrame:

@@ -3,6 +3,7 @@
 python examples/benchmarks/tables.py
 """
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import pandas as pd
 RESULTS = Path(__file__).parent / "results"
 IMAGES = ("dtd10", "flowers5", "cifar10")
 MOSAICS = ("dtd10", "flowers5")
+TARGET = "target perplexity"
+CHANGES = ("mean change", "largest change")  # of the perplexities of the sources, in per cent
 
 
 def mean_and_deviation(values: pd.Series, digits: int) -> str:
@@ -55,12 +58,106 @@ def images() -> pd.DataFrame:
     return table.loc[means.index]
 
 
-def forgetting() -> pd.DataFrame:
-    """Perplexities of target and source, the best one of the target first."""
-    runs = pd.read_csv(RESULTS / "forgetting_tinyshakespeare.csv")
-    columns = ["target perplexity", "source perplexity"]
-    table = comparison_table(runs, columns, digits=1)[["trainable parameters", *columns]]
-    return table.sort_values(columns[0], key=lambda cells: cells.str.split().str[0].astype(float))
+def perplexity_of(source: str) -> str:
+    """The column with the perplexity of a source."""
+    return f"{source} perplexity"
+
+
+def unchanged_of(text: str) -> str:
+    """The column with the percentage of the tokens of a text that have the logits of the base model."""
+    return f"{text} unchanged"
+
+
+def column_at(column: str, alpha: float) -> str:
+    """Where the value of a column at a strength is among those of a training."""
+    return f"{column} at {alpha:g}"
+
+
+def at_every_strength(runs: pd.DataFrame) -> pd.DataFrame:
+    """One row for each training and strength, which is the column "alpha".
+
+    Args:
+        runs: one row for each training, with columns of the strengths as `column_at` names them.
+    """
+    plain = [name for name in runs if " at " not in name]
+    alphas = {1.0} | {float(name.rpartition(" at ")[2]) for name in runs if name not in plain}
+    frames = []
+    for alpha in sorted(alphas, reverse=True):
+        scaled = (
+            {} if alpha == 1 else {name: column_at(name, alpha) for name in plain if column_at(name, alpha) in runs}
+        )
+        frames.append(runs[plain].assign(**{name: runs[at] for name, at in scaled.items()}, alpha=alpha))
+    return pd.concat(frames, ignore_index=True)
+
+
+def choice_at_limit(points: pd.DataFrame, limit: float, change: str = CHANGES[0]) -> pd.Series:
+    """The lowest target perplexity among those that change the sources little enough; if none does, the least change.
+
+    Args:
+        points: one row for each training and strength.
+        limit: of the change, in per cent.
+        change: the column with it.
+    """
+    within = points[points[change] <= limit]
+    return points.loc[points[change].idxmin()] if within.empty else within.loc[within[TARGET].idxmin()]
+
+
+def choices_at_limit(runs: pd.DataFrame, limit: float, change: str = CHANGES[0]) -> dict[str, pd.Series]:
+    """For each method what the validation chooses at a limit, of the tested learning rates and all strengths.
+
+    Args:
+        runs: one row for each training.
+        limit: of the change, in per cent.
+        change: the column with it.
+    """
+    tested = runs[runs["split"] == "test"].groupby("method")["learning_rate"].unique()
+    tried = at_every_strength(runs[runs["split"] == "validation"])
+    return {
+        method: choice_at_limit(points[points["learning_rate"].isin(tested[method])], limit, change)
+        for method, points in tried.groupby("method", sort=False)
+        if method in tested
+    }
+
+
+def limit_table(runs: pd.DataFrame, limit: float, change: str = CHANGES[0]) -> pd.DataFrame:
+    """One row for each method: its tests at what the validation chose at a limit, the best one first.
+
+    Args:
+        runs: one row for each training.
+        limit: of the change, in per cent.
+        change: the column with it.
+    """
+    points = at_every_strength(runs[runs["split"] == "test"])
+    tested = {}
+    for method, chosen in choices_at_limit(runs, limit, change).items():
+        is_chosen = points[["method", "learning_rate", "alpha"]] == [method, chosen["learning_rate"], chosen["alpha"]]
+        tested[method] = points[is_chosen.all(axis=1)]
+    rows = sorted(tested.values(), key=lambda tests: tests[TARGET].mean())
+    return pd.DataFrame([limit_row(tests) for tests in rows]).set_index("method")
+
+
+def limit_row(tested: pd.DataFrame) -> dict[str, str]:
+    """A row of `limit_table`; with a gate there are also the percentages of unchanged tokens, behind the perplexities.
+
+    Args:
+        tested: the tests of a method at a learning rate and a strength.
+    """
+    first = tested.iloc[0]
+    row = {"method": f"`{first['method']}`", "learning rate": f"{first['learning_rate']:.1e}"}
+    row |= {"alpha": f"{first['alpha']:g}"}
+    row |= {TARGET: mean_and_deviation(tested[TARGET], 1)}
+    row |= {f"{change}, %": mean_and_deviation(tested[change], 1) for change in CHANGES}
+    row["forgetting"] = f"{tested['forgetting'].mean():.3f}"
+    for column in (name for name in tested if name.endswith(" perplexity") and name != TARGET):
+        source = column.removesuffix(" perplexity")
+        same = tested[unchanged_of(source)].mean() if unchanged_of(source) in tested else math.nan
+        row[source] = f"{tested[column].mean():.3g}" + ("" if math.isnan(same) else f" ({same:.0f} %)")
+    return row
+
+
+def forgetting(change: str = CHANGES[0]) -> pd.DataFrame:
+    """What each method reaches at a change of 1 % of the other domains, in the mean or the largest."""
+    return limit_table(pd.read_csv(RESULTS / "forgetting_tinyshakespeare.csv"), 1.0, change)
 
 
 def segmentation() -> pd.DataFrame:
@@ -140,5 +237,5 @@ def mask_shares() -> pd.DataFrame:
 
 
 if __name__ == "__main__":
-    for table in (images(), forgetting(), segmentation(), focus(), curves(), mask_shares()):
+    for table in (images(), *map(forgetting, CHANGES), segmentation(), focus(), curves(), mask_shares()):
         print(table.to_markdown(disable_numparse=True), end="\n\n")
