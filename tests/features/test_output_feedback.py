@@ -240,7 +240,7 @@ def test_models_without_a_known_final_norm_are_refused() -> None:
 def test_final_norm_of_something_else_is_refused() -> None:
     model = steered(tiny_model(tf.LlamaForCausalLM), **OPTIONS)
     hook = paths_of(model)[0].passes.output_hook
-    run = paths_of(model)[0].passes.backbone_forward._new_run(model.peft_config["default"], {})
+    run = paths_of(model)[0].passes.backbone_forward._new_run(["default"], {})
     run.feedback = {-2: torch.zeros(2, 9, 32)}
     hook.state.current.run = run
     with pytest.raises(ValueError, match=r"the shape \[2, 9, 32\] and the output of the final norm \[2, 32\]"):
