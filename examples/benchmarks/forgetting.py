@@ -34,6 +34,7 @@ from typing import Any
 import torch
 from comparison import SPLITS, Comparison, ComparisonArguments, Rows, load_named_data, only_our_progress, parse
 from datasets import DatasetDict
+from gates import has_logits_of_base
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from offline import docstrings, joined_columns, small_llama, token_rows
@@ -140,9 +141,7 @@ class ForgettingComparison(Comparison):
         same = []
         for batch in DataLoader(rows, self.arguments.per_device_eval_batch_size, collate_fn=self.collate):
             inputs = {"input_ids": batch["input_ids"].to(model.device), "use_cache": False}
-            logits = model(**inputs).logits
-            with model.disable_adapter():
-                same.append((logits == model(**inputs).logits).all(-1).flatten())
+            same.append(has_logits_of_base(model, inputs, model(**inputs).logits))
         return torch.cat(same).double().mean().item()
 
     def goodness(self, metrics: dict[str, float], change: str = CHANGES[0]) -> tuple[float, ...]:

@@ -168,15 +168,30 @@ class Gates:
             losses, same = [], []
             for batch in DataLoader(self.test(name), 8, collate_fn=default_data_collator):
                 ids = batch["input_ids"].to(model.device)
-                logits = model(input_ids=ids, use_cache=False).logits.float()
-                with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
-                    plain = model(input_ids=ids, use_cache=False).logits.float()
+                inputs = {"input_ids": ids, "use_cache": False}
+                logits = model(**inputs).logits.float()
+                same.append(has_logits_of_base(model, inputs, logits))
                 losses.append(F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none"))
-                same.append((logits == plain).all(-1).flatten())
             loss, share = torch.cat(losses).double().mean().item(), torch.cat(same).double().mean().item()
             row = {"method": method, "seed": seed, "text": name, "perplexity": math.exp(loss), "same": 100 * share}
             print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
             yield row
+
+
+@torch.no_grad()
+def has_logits_of_base(model: torch.nn.Module, inputs: dict[str, Any], logits: torch.Tensor) -> torch.Tensor:
+    """Where the logits are those of the base model, bit for bit.
+
+    Args:
+        model: a PEFT model, or the base model itself.
+        inputs: of its forward.
+        logits: what the model gives for these. Shape: [b, c], or [b, n, c]
+
+    Returns:
+        Shape: [b], or [b * n]
+    """
+    with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
+        return (logits == model(**inputs).logits).all(-1).flatten()
 
 
 def load_folder(path: str) -> dict[str, Dataset]:

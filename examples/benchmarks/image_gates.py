@@ -25,6 +25,7 @@ import torch
 from comparison import only_our_progress
 from cost import HelpFormatter
 from datasets import Dataset, load_dataset
+from gates import has_logits_of_base
 from offline import digits, image_rows, small_vit
 from peft import PeftModel, get_peft_model
 from PIL import ImageOps
@@ -92,11 +93,7 @@ def batches(images: Dataset, base: str, arguments: Arguments) -> list[dict[str, 
 @torch.no_grad()
 def left_alone(model: PeftModel, inputs: list[dict[str, Any]]) -> float:
     """Percentage of the images for which the logits are those of the base model."""
-    same = []
-    for batch in inputs:
-        logits = model(**batch).logits
-        with model.disable_adapter():
-            same.append((logits == model(**batch).logits).all(-1))
+    same = [has_logits_of_base(model, batch, model(**batch).logits) for batch in inputs]
     return 100 * torch.cat(same).double().mean().item()
 
 

@@ -182,7 +182,7 @@ class BackboneForward(ReplacedForward):
     ) -> list[PathInput]:
         """What the feedback of each adapter starts from, computed once where it is the same."""
         found: dict[tuple[Any, ...], PathInput] = {}
-        kinds, sums = [], list(running_sums)
+        inputs, sums = [], list(running_sums)
         for adapter in run.adapters:
             gate = adapter.config.gate
             kind = (adapter.feedback_from, self._normalizes(adapter), gate)
@@ -191,8 +191,8 @@ class BackboneForward(ReplacedForward):
                 before = sums.pop(0) if sums and gate == "sequence" else None
                 tokens = None if gate is None else tokens_for(gate, kwargs, features, before)
                 found[kind] = PathInput(features, compared, tokens)
-            kinds.append(kind)
-        return [found[kind] for kind in kinds]
+            inputs.append(found[kind])
+        return inputs
 
     def _run_jointly(self, joint: JointPass, run: Run, kwargs: dict[str, Any]) -> Any:
         """Both passes in one: some rows without feedback, the others with that of other features."""
