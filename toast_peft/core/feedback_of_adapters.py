@@ -63,13 +63,7 @@ def compute_feedback(path: "FeedbackPath", run: Run, inputs: Iterable[PathInput]
         if rows is not None:
             current.selected[adapter.name] = current.selected[adapter.name]._replace(rows=rows)
         if skip_closed:
-            opened.append(_opened_rows(current.opened, rows))
+            assert current.open_rows is not None
+            opened.append(current.open_rows if rows is None else rows.put(current.open_rows))
     run.feedback, run.second_pass = feedback, tuple(second_pass)
     current.open_rows = torch.stack(opened).any(0) if skip_closed else None
-
-
-def _opened_rows(opened: torch.Tensor | None, rows: Rows | None) -> torch.Tensor:
-    """Which rows of the batch an adapter may change. Shapes: [b, n, 1] -> [b]"""
-    assert opened is not None
-    of_rows = opened.flatten(1).any(1)
-    return of_rows if rows is None else rows.put(of_rows)

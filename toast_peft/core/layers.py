@@ -354,7 +354,8 @@ class FeedbackPath(nn.Module):
         is_void = alpha == 0 and selection.is_void_at_0(adapter_name)
         if skip_closed:
             opened = torch.zeros_like(mask) if is_void else self._opened(adapter_name, mask)
-            self.state.current.opened, is_void = opened, not bool(opened.any())
+            open_rows = opened.flatten(1).any(1)
+            self.state.current.open_rows, is_void = open_rows, not bool(open_rows.any())
         if is_void:
             return {}
         mask = mask if alpha == 1 else alpha * mask  # the chain is linear, see `strength.py`

@@ -159,9 +159,8 @@ class Current:
         run: the state of the running forward, `None` outside of one.
         variational_loss: that of the last forward in training, until it is added to a loss.
         selected: of the last forward with feedback, what was selected, by the names of the adapters.
-        opened: of that forward, where the last of them may change something, if rows may be skipped. Shape: [b, n, 1],
-            or [b, h, w, 1]
-        open_rows: in which rows of the batch any of them may, if they may be skipped. Shape: [b]
+        open_rows: in which rows of the batch any of them may change something, if rows may be skipped; while the
+            adapters are run through, the rows of the last one. Shape: [b]
         attention_mask: what that forward was called with.
         stored: what pass 1 of the next forward has computed already, `None` if it has to run.
         joint: the two passes of the next forward if they run side by side, `None` if one after the other.
@@ -174,7 +173,6 @@ class Current:
         self.run: Run | None = None
         self.variational_loss: torch.Tensor | None = None
         self.selected: dict[str, Selected] = {}
-        self.opened: torch.Tensor | None = None
         self.open_rows: torch.Tensor | None = None
         self.attention_mask: Any = None
         self.stored: StoredPass | None = None
