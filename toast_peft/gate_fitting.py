@@ -1,29 +1,34 @@
 """Fits the gate of an adapter in closed form: which inputs the adapter is for, and which it is to leave alone.
 
+    prior     = 16 times the mean of normalise(x) over the tokens of a domain of the reference, the mean of these
     direction = normalise(mean of y over the target - mean of y over the reference)
                 with several domains in the reference: normalise((C + mean(diag C))^-1 (that difference)), where C is
                 the mean of the covariances of target and reference
-    threshold = the 0.99 quantile of cos(y, direction) over a domain of the reference, the largest of them
+    threshold = the 0.98 quantile, over the rows of a domain of the reference, of the largest cos(y, direction) in
+                each; of these the largest. In a gate that looks at tokens alone the 0.99 quantile over the tokens
     width     = max(median of cos(y, direction) over the target - threshold, 0.3 times its standard deviation over the
                 reference)
 
 The covariance is shrunk half-way to a multiple of the identity: what a few rows say about it holds for these rows, and
 a gate that trusts it is closed for them and not for others of their domain (docs/gates.md has the measurement).
 
-What y is, and what the gate does, is in `core/gate.py`.
+The sum over a few tokens is mostly noise. Without the prior it would set the threshold, and the gate would stay closed
+for all that comes later.
+
+What x and y are, and what the gate does, is in `core/gate.py`.
 
 Notation used for tensor shapes:
     - b: batch size
     - n: number of tokens
     - d: hidden size
-    - k: number of tokens of a domain, or of rows if the gate looks at whole rows
+    - k: number of tokens of a domain, or of rows if the gate gives one number for a whole row
 """
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -35,8 +40,9 @@ from transformers.utils import logging
 from .collecting import collect
 from .config import TopDownConfig
 from .core.dropout import in_evaluation_mode
-from .core.gate import Gate, Tokens
+from .core.gate import Gate
 from .core.layers import FeedbackPath, feedback_paths
+from .gate_collection import Compared, Disturbance, Domain
 
 Batches = Iterable[dict[str, Any]]
 Reference = Batches | Mapping[str, Batches] | Literal["generate"]
@@ -44,110 +50,29 @@ Kind = Literal["sequence", "token"]
 
 _RIDGE = 1.0  # relative to the mean variance of a channel
 _NARROW = 0.3  # a width that the reference itself spans would never open for a target that is near
-_QUANTILE = 0.99
+_PRIOR = 16.0  # tokens
+_QUANTILE = {"sequence": 0.98, "token": 0.99}  # of rows, of tokens
 _GENERATED = (64, 128)  # rows and tokens of what the base model writes as a reference
 _ROUNDING = 1e-6  # of a cosine: what lies on the threshold is closed
 _NARROWEST = 1e-6  # of a reference whose features are all the same
-_DISTURBED = 1e-3  # relative to the largest entry: more than rounding, far less than what a token changes
 
 
 class Fit(NamedTuple):
     """A gate, and how well it separates.
 
     Args:
+        prior: zero in a gate that looks at tokens alone. Shape: [d]
         direction: Shape: [d]
         threshold: a cosine.
         width: a difference of cosines.
         report: `auc`, and the shares of open tokens.
     """
 
+    prior: torch.Tensor
     direction: torch.Tensor
     threshold: float
     width: float
     report: dict[str, float]
-
-
-class Compared:
-    """What a gate compares with its direction, collected from forwards.
-
-    Args:
-        path: the feedback path.
-        adapter_name: its adapter, which has a gate.
-    """
-
-    def __init__(self, path: FeedbackPath, adapter_name: str) -> None:
-        self.path = path
-        self.gate = cast(Gate, path.selection.topdown_gate[adapter_name])
-        self.found: list[torch.Tensor] = []
-
-    def hooks(self) -> Iterator[Any]:
-        """Set the hook."""
-        yield self.path.register_forward_pre_hook(self.add, with_kwargs=True)
-
-    def add(self, path: FeedbackPath, args: tuple, kwargs: dict[str, Any]) -> None:
-        """A hook: the features, after pass 1."""
-        features, _, compared, _ = args
-        tokens: Tokens = kwargs["tokens"]
-        y = self.gate.compared(features if compared is None else compared, tokens)
-        if tokens.own is not None and tokens.own.shape == y.shape[:2]:
-            y = y[tokens.own]
-        self.found.append(F.normalize(y.reshape(-1, y.shape[-1]), dim=-1).cpu())
-
-    def take(self, domain: str) -> torch.Tensor:
-        """All of a domain, normalised. Shape: [k, d]
-
-        Raises:
-            ValueError: if there is nothing, or something that is not finite.
-        """
-        found, self.found = torch.cat([torch.empty(0), *self.found]), []
-        if len(found) == 0:
-            raise ValueError(f"The {domain} gave no tokens; expected at least one batch that has some.")
-        if not found.isfinite().all():
-            raise ValueError(f"The hidden states of the {domain} are NaN or infinite; expected finite ones.")
-        return found
-
-
-class Disturbance:
-    """Finds out whether tokens see those after them: changes the last one, and looks at the others.
-
-    Args:
-        path: the feedback path of the backbone.
-    """
-
-    def __init__(self, path: FeedbackPath) -> None:
-        self.path = path
-        self.last: torch.Tensor | None = None  # which token of each row is changed; [b]
-        self.features: list[torch.Tensor] = []  # without and with the change; [b, n, d]
-        self.is_over = True
-
-    def hooks(self) -> Iterator[Any]:
-        """Set the hooks."""
-        first_block = self.path.passes.block_forwards[0].module
-        yield first_block.register_forward_pre_hook(self.disturb, with_kwargs=True)
-        yield self.path.register_forward_pre_hook(self.keep, with_kwargs=True)
-
-    def disturb(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        """A hook: the other way round, which no norm undoes."""
-        if self.is_over or self.last is None:
-            return None
-        self.is_over = True  # a block may run several times
-        x = (args[0] if args else kwargs["hidden_states"]).clone()
-        x[torch.arange(len(x)), self.last] *= -1
-        return ((x, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": x})
-
-    def keep(self, path: FeedbackPath, args: tuple, kwargs: dict[str, Any]) -> None:
-        """A hook: the features, after pass 1."""
-        self.features.append(args[0].float())
-        own = kwargs["tokens"].own
-        own = torch.ones(args[0].shape[:2], device=args[0].device) if own is None else own
-        self.last = (torch.arange(own.shape[1], device=own.device) * own).argmax(1)
-
-    def was_seen(self) -> bool:
-        """Whether tokens before the last ones have changed."""
-        assert self.last is not None
-        plain, disturbed = self.features
-        is_before = torch.arange(plain.shape[1], device=plain.device) < self.last.unsqueeze(1)
-        return bool(((disturbed - plain).abs().amax(-1)[is_before] > _DISTURBED * plain.abs().max()).any())
 
 
 @torch.no_grad()
@@ -172,8 +97,9 @@ def fit_gate(
             to be closed for. "generate" lets the base model write it, as it does by itself.
         adapter_name: the adapter.
         gate: "sequence" or "token", see [`TopDownConfig`]. Default: what the config says, else "sequence".
-        quantile: how strict it is: the share of each domain of the reference for which it is closed. Default: 0.99;
-            1 if the reference is generated.
+        quantile: how strict it is: the share of the rows of each domain of the reference for which it is closed from
+            their first token to the last; of a "token" gate, the share of the tokens. Default: 0.98 of rows, 0.99 of
+            tokens, 1 if the reference is generated.
 
     Returns:
         `auc`, the probability that a token of the target is more like it than one of the reference; `open_target` and
@@ -194,19 +120,22 @@ def fit_gate(
     """
     paths = {path.passes.backbone_forward.blocks_name: path for _, path in feedback_paths(model)}
     _check(paths, adapter_name, gate, quantile)
-    if quantile is None:
-        quantile = 1.0 if isinstance(reference, str) else _QUANTILE
     domains = _domains(model, reference)
     config = next(iter(paths.values())).selection.topdown_config[adapter_name]
-    with _new_gates(paths, config, adapter_name, gate or config.gate or "sequence"):
+    kind = gate or config.gate or "sequence"
+    if quantile is None:
+        quantile = 1.0 if isinstance(reference, str) else _QUANTILE[kind]
+    with _new_gates(paths, config, adapter_name, kind):
         collected = {name: Compared(path, adapter_name) for name, path in paths.items()}
         first, target = _begun(target)
         for name, path in paths.items():
             collected[name].gate.is_causal = _is_causal(model, path, first)
-        y = {domain: _of_domain(model, batches, domain, collected) for domain, batches in domains.items()}
-        y_target = _of_domain(model, target, "target", collected)
+        seen = {domain: _of_domain(model, batches, domain, collected) for domain, batches in domains.items()}
+        of_target = _of_domain(model, target, "target", collected)
         fits = {
-            name: _fit(y_target[name], {domain: found[name] for domain, found in y.items()}, quantile)
+            name: _fit(
+                of_target[name], {domain: found[name] for domain, found in seen.items()}, quantile, kind == "sequence"
+            )
             for name in paths
         }
     for name, fit in fits.items():
@@ -326,22 +255,42 @@ def _is_causal(model: nn.Module, path: FeedbackPath, batch: dict[str, Any]) -> b
 
 def _of_domain(
     model: nn.Module, batches: Batches, domain: str, collected: Mapping[str, Compared]
-) -> dict[str, torch.Tensor]:
-    """What the gate of each backbone compares, of a domain. Shape of each: [k, d]"""
+) -> dict[str, Domain]:
+    """What the gate of each backbone looks at in a domain."""
     collect(model, logging.tqdm(batches, desc=f"Looking at the {domain}"), list(collected.values()))
     return {name: compared.take(domain) for name, compared in collected.items()}
 
 
-def _fit(target: torch.Tensor, domains: Mapping[str, torch.Tensor], quantile: float) -> Fit:
+def _fit(target: Domain, domains: Mapping[str, Domain], quantile: float, is_running: bool) -> Fit:
     """The gate in closed form.
 
     Args:
-        target: Shape: [k, d]
-        domains: those of the reference. Shape of each: [k, d]
+        target: what the adapter is for.
+        domains: those of the reference.
         quantile: the share of each of them for which it is closed.
+        is_running: whether it looks at rows, and not at tokens alone.
     """
-    target, domains = target.double(), {name: y.double() for name, y in domains.items()}
-    reference = torch.cat(list(domains.values()))
+    prior = (_PRIOR if is_running else 0.0) * torch.stack([domain.mean for domain in domains.values()]).double().mean(
+        0
+    )
+    target, domains = target.after(prior), {name: domain.after(prior) for name, domain in domains.items()}
+    direction = _direction(target.y, [domain.y for domain in domains.values()])
+    opened, closed = target.y @ direction, {name: domain.y @ direction for name, domain in domains.items()}
+    of_reference = torch.cat(list(closed.values()))
+    largest = (domains[name].largest(scores) for name, scores in closed.items())
+    threshold = max(float(np.quantile(scores.numpy(), quantile, method="higher")) for scores in largest)
+    threshold += _ROUNDING
+    spread = float(of_reference.std(unbiased=False))
+    width = max(float(opened.median()) - threshold, _NARROW * spread, _NARROWEST)
+    report = {"auc": _auc(opened, of_reference), "open_target": _share_above(opened, threshold)}
+    names = {name: f"open_{name}" for name in closed}
+    report |= {names[name]: _share_above(cosines, threshold) for name, cosines in closed.items()}
+    return Fit(prior, direction, threshold, width, report)
+
+
+def _direction(target: torch.Tensor, domains: list[torch.Tensor]) -> torch.Tensor:
+    """What tells the target from the reference. Shapes: [k, d], [k, d] of each domain -> [d]"""
+    reference = torch.cat(domains)
     direction = target.mean(0) - reference.mean(0)
     if len(domains) > 1:
         covariance = (_covariance(target) + _covariance(reference)) / 2
@@ -349,17 +298,7 @@ def _fit(target: torch.Tensor, domains: Mapping[str, torch.Tensor], quantile: fl
         direction = torch.linalg.solve(covariance + ridge, direction)
     if not direction.norm() > 1e-9:
         raise ValueError("Target and reference have the same features; expected two that differ.")
-    direction = F.normalize(direction, dim=0)
-    opened, closed = target @ direction, {name: y @ direction for name, y in domains.items()}
-    of_reference = torch.cat(list(closed.values()))
-    threshold = max(float(np.quantile(scores.numpy(), quantile, method="higher")) for scores in closed.values())
-    threshold += _ROUNDING
-    spread = float(of_reference.std(unbiased=False))
-    width = max(float(opened.median()) - threshold, _NARROW * spread, _NARROWEST)
-    report = {"auc": _auc(opened, of_reference), "open_target": _share_above(opened, threshold)}
-    names = {name: f"open_{name}" for name in closed}
-    report |= {names[name]: _share_above(cosines, threshold) for name, cosines in closed.items()}
-    return Fit(direction, threshold, width, report)
+    return F.normalize(direction, dim=0)
 
 
 def _covariance(y: torch.Tensor) -> torch.Tensor:
@@ -380,6 +319,8 @@ def _share_above(cosines: torch.Tensor, threshold: float) -> float:
 
 
 def _set(gate: Gate, fit: Fit) -> None:
+    if gate.prior is not None:
+        gate.prior.copy_(fit.prior)
     gate.direction.copy_(fit.direction)
     gate.threshold.fill_(fit.threshold)
     gate.width.fill_(fit.width)

@@ -77,6 +77,8 @@ def open_for_half(
         features, tokens = args
         compared.append(gate.compared(features, tokens))
 
+    if gate.prior is not None:
+        gate.prior.data.copy_(torch.linspace(-2, 2, len(gate.prior)))
     with gate.register_forward_pre_hook(keep):
         output_of(model, inputs)
     y = F.normalize(compared[0].flatten(0, -2), dim=-1)
@@ -122,8 +124,8 @@ def expected_gate(gate: nn.Module, x: torch.Tensor, own: torch.Tensor, kind: str
             if not own[row, t]:
                 continue
             seen = range(t + 1) if gate.is_causal else range(x.shape[1])
-            terms = [x[row, u] / x[row, u].norm() for u in seen if own[row, u]] if kind == "sequence" else [x[row, t]]
-            y = torch.stack(terms).sum(0)
+            terms = [x[row, u] / x[row, u].norm() for u in seen if own[row, u]]
+            y = torch.stack(terms).sum(0) + gate.prior if kind == "sequence" else x[row, t]
             cosine = y @ gate.direction / (y.norm() * gate.direction.norm())
             opened[row, t] = ((cosine - gate.threshold) / gate.width).clamp(0, 1)
     return opened
@@ -226,7 +228,7 @@ def test_tokens_before_the_first_open_one_are_those_of_the_base_model(kind: str)
     inputs = inputs_for(model)
     [path] = paths_of(model)
     for name, parameter in path.selection.topdown_gate["default"].named_parameters():
-        parameter.requires_grad_(False).mul_(1 if name == "width" else -1)  # open at the end, not at the beginning
+        parameter.requires_grad_(False).mul_(-1 if name in ("direction", "threshold") else 1)  # open at the end, not at the beginning
     output = output_of(model, inputs)
     gate = gate_of(model)[..., 0] > 0
     with model.disable_adapter():

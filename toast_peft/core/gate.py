@@ -1,13 +1,17 @@
 """The gate: whether an input is what the adapter is for, told by pass 1 before anything is changed.
 
-    y_t = normalise(sum of normalise(x_u) over the tokens u <= t of the row)     "sequence"; over all u in a model
-                                                                                 whose tokens see those after them
-    y_t = normalise(x_t)                                                         "token"
+    y_t = normalise(prior + sum of normalise(x_u) over the tokens u <= t of the row)     "sequence"; over all u in a
+                                                                                         model whose tokens see those
+                                                                                         after them
+    y_t = normalise(x_t)                                                                 "token"
     g_t = clamp((cos(y_t, direction) - threshold) / width, 0, 1)
 
-It multiplies the mask, `(g * m * x) @ transform`, and so all that the adapter does. Where it is zero the feedback is,
-and pass 2 computes what pass 1 has computed. `toast_peft.fit_gate` finds direction, threshold and width in closed
-form; they are not trained, and gradients are those of a constant factor.
+The prior is what some tokens of the reference would add. So a row is taken for one of the reference until it has shown
+enough of something else, and a few odd tokens at its beginning open nothing.
+
+The gate multiplies the mask, `(g * m * x) @ transform`, and so all that the adapter does. Where it is zero, so is the
+feedback, and pass 2 computes what pass 1 has computed. `toast_peft.fit_gate` finds prior, direction, threshold and
+width in closed form; they are not trained, and gradients are those of a constant factor.
 
 Notation used for tensor shapes:
     - b: batch size
@@ -48,7 +52,7 @@ class Tokens(NamedTuple):
 
 
 def sequence_features(x: torch.Tensor, tokens: Tokens, is_causal: bool) -> torch.Tensor:
-    """The mean direction of the features of a row, up to each token or of all: `y` before it is normalised.
+    """The sum of the normalised features of a row, up to each token or of all.
 
     Args:
         x: features of pass 1. Shape: [b, n, d]
@@ -60,14 +64,14 @@ def sequence_features(x: torch.Tensor, tokens: Tokens, is_causal: bool) -> torch
     """
     if tokens.sums is not None:
         return tokens.sums if is_causal else tokens.sums[:, -1:]
-    steps = _steps(x, tokens.own)
+    steps = steps_of(x, tokens.own)
     if not is_causal:
         return steps.sum(1, keepdim=True)
     sums = steps.cumsum(1)
     return sums if tokens.starts is None else sums - _before_the_text(sums, tokens.starts)
 
 
-def _steps(x: torch.Tensor, own: torch.Tensor | None) -> torch.Tensor:
+def steps_of(x: torch.Tensor, own: torch.Tensor | None) -> torch.Tensor:
     """What each token adds to the sum, nothing if it is padding. Shapes: [b, n, d], [b, n] -> [b, n, d]"""
     steps = F.normalize(x, dim=-1)
     return steps if own is None else steps * own.unsqueeze(-1)
@@ -92,18 +96,19 @@ class Gate(nn.Module):
         direction: what tells the target from the reference. Shape: [d]
         threshold: the cosine up to which it is closed. Shape: [1], as what is sharded cannot be a scalar
         width: how much further it takes to be fully open. Shape: [1]
+        prior: what the sum over a row starts from; `None` if it looks at tokens alone. Shape: [d]
     """
 
     def __init__(self, hidden_size: int, is_running: bool, is_causal: bool = False) -> None:
         super().__init__()
-        self.is_running = is_running
         self.is_causal = is_causal
         self.direction = nn.Parameter(torch.zeros(hidden_size), requires_grad=False)
         self.threshold = nn.Parameter(torch.tensor([-1.0]), requires_grad=False)
         self.width = nn.Parameter(torch.tensor([1.0]), requires_grad=False)
+        self.prior = nn.Parameter(torch.zeros(hidden_size), requires_grad=False) if is_running else None
 
     def compared(self, features: torch.Tensor, tokens: Tokens) -> torch.Tensor:
-        """What is compared with the direction, in float32 at least.
+        """What is compared with the direction, `y` before it is normalised, in float32 at least.
 
         Args:
             features: features of pass 1. Shape: [b, n, d]; of a map of tokens [b, h, w, d]
@@ -120,8 +125,8 @@ class Gate(nn.Module):
                 f"The features of pass 1 have the shape {list(features.shape)}, all rows in one sequence, as in the "
                 "vision towers of Qwen-VL; a gate expected [batch, tokens, channels]. Set `gate=None` for this model."
             )
-        x = _precise(features.detach().flatten(1, -2))
-        return sequence_features(x, tokens, self.is_causal) if self.is_running else x
+        x = precise(features.detach().flatten(1, -2))
+        return x if self.prior is None else sequence_features(x, tokens, self.is_causal) + self.prior.to(x.dtype)
 
     @torch.no_grad()
     def forward(self, features: torch.Tensor, tokens: Tokens) -> torch.Tensor:
@@ -143,7 +148,7 @@ class Gate(nn.Module):
         return opened.reshape(*features.shape[:-1], 1).to(features.dtype)
 
 
-def _precise(x: torch.Tensor) -> torch.Tensor:
+def precise(x: torch.Tensor) -> torch.Tensor:
     """In float32 at least."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -173,7 +178,7 @@ def tokens_for(
         tokens = _tokens_of_a_row(kwargs, num_tokens, before)
         if before is None:
             return tokens
-        return tokens._replace(sums=before.extend(_steps(_precise(features.detach()), tokens.own)))
+        return tokens._replace(sums=before.extend(steps_of(precise(features.detach()), tokens.own)))
     mask = kwargs.get("attention_mask")
     is_of_these = isinstance(mask, torch.Tensor) and mask.shape == (len(features), num_tokens)
     return Tokens(own_tokens(mask, num_tokens)) if is_of_these else Tokens()
