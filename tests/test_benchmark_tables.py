@@ -72,8 +72,10 @@ def test_costs_are_measured_next_to_the_base_model_and_lora(
     )
     monkeypatch.setitem(cost.MODELS, "llama-256", (LlamaForCausalLM, config))
     options = ["--models", "llama-256", "--rounds", "2", "--batch_size", "1", "--length", "4", "--methods", "toast"]
-    cost.main([*options, "toast-fused", "toast-stored", "free", "--output_file", str(tmp_path / "cost.json")])
-    head, base, lora, toast, fused, stored, free = cells(capsys.readouterr().out)
+    cost.main(
+        [*options, "toast-fused", "toast-stored", "toast-closed", "free", "--output_file", str(tmp_path / "cost.json")]
+    )
+    head, base, lora, toast, fused, stored, closed, free = cells(capsys.readouterr().out)
     assert head[2:5] == ["forward / base", "training step / lora", "decoding / base"]
     assert head[5:-1] == ["FLOPs / base", "kernels / base", "activations kept, MB"]
     assert [base[i] for i in (1, 3, 5, 6, 7)] == ["base", "-", "1.00", "1.00", "-"]
@@ -83,6 +85,8 @@ def test_costs_are_measured_next_to_the_base_model_and_lora(
     assert (free[1], free[2], free[6]) == ("free", "-", "-") and float(free[3]) > 0
     saved = json.loads((tmp_path / "cost.json").read_text(encoding="utf-8"))["models"]["llama-256"]
     assert saved["toast"]["kernels / base"] > saved["toast-fused"]["kernels / base"] > 1.9
+    assert (closed[1], closed[3]) == ("toast-closed", "-")
+    assert saved["toast-closed"]["FLOPs / base"] == 1
 
 
 @pytest.mark.parametrize("shape", cost.MODELS)

@@ -4,7 +4,7 @@
     direction = normalise(mean of y over the target - mean of y over the reference)
                 with several domains in the reference: normalise((C + mean(diag C))^-1 (that difference)), where C is
                 the mean of the covariances of target and reference
-    threshold = the 0.98 quantile, over the rows of a domain of the reference, of the largest cos(y, direction) in
+    threshold = the 0.95 quantile, over the rows of a domain of the reference, of the largest cos(y, direction) in
                 each; of these the largest. In a gate that looks at tokens alone the 0.99 quantile over the tokens
     width     = max(median of cos(y, direction) over the target - threshold, 0.3 times its standard deviation over the
                 reference)
@@ -51,7 +51,7 @@ Kind = Literal["sequence", "token"]
 _RIDGE = 1.0  # relative to the mean variance of a channel
 _NARROW = 0.3  # a width that the reference itself spans would never open for a target that is near
 _PRIOR = 16.0  # tokens
-_QUANTILE = {"sequence": 0.98, "token": 0.99}  # of rows, of tokens
+_QUANTILE = {"sequence": 0.95, "token": 0.99}  # of rows, of tokens
 _GENERATED = (64, 128)  # rows and tokens of what the base model writes as a reference
 _ROUNDING = 1e-6  # of a cosine: what lies on the threshold is closed
 _NARROWEST = 1e-6  # of a reference whose features are all the same
@@ -98,7 +98,7 @@ def fit_gate(
         adapter_name: the adapter.
         gate: "sequence" or "token", see [`TopDownConfig`]. Default: what the config says, else "sequence".
         quantile: how strict it is: the share of the rows of each domain of the reference for which it is closed from
-            their first token to the last; of a "token" gate, the share of the tokens. Default: 0.98 of rows, 0.99 of
+            their first token to the last; of a "token" gate, the share of the tokens. Default: 0.95 of rows, 0.99 of
             tokens, 1 if the reference is generated.
 
     Returns:

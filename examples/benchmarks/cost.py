@@ -7,6 +7,7 @@ The models are made from configs with random weights; what they compute does not
 right after what it is compared with, the base model (forward and decoding) or LoRA (training step), and the table has
 the medians of these ratios over the rounds, so that a noisy machine slows both alike. `toast-fused` is `toast` with
 fused feedback, which is for inference; `toast-stored` is a training step of `toast` with stored features;
+`toast-closed` is `toast` under a gate that is closed, with `skip_closed_rows`: an adapter that does not apply.
 `lora-merged` is LoRA merged into the base model. `free` is an adapter of no cost, for which only the gradient of what
 the first block gets is computed: the floor of a training step of whatever changes the first block.
 """
@@ -26,6 +27,7 @@ from typing import Any
 import pandas as pd
 import torch
 from methods import METHODS, apply_method
+from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -44,9 +46,10 @@ from transformers import (
 )
 
 from toast_peft import store_features
+from toast_peft.core.gate import Gate
 
 Inputs = dict[str, Any]
-FUSED, STORED, MERGED = "-fused", "-stored", "-merged"
+FUSED, STORED, CLOSED, MERGED = "-fused", "-stored", "-closed", "-merged"
 FREE = "free"
 # What the cache is called, in newer versions of transformers and in older ones.
 CACHE = next(name for name in ("cache", "past_key_values") if name in signature(LlamaForCausalLM.forward).parameters)
@@ -88,10 +91,10 @@ class Arguments:
     methods: list[str] = field(
         default_factory=lambda: ["toast", "toast-lite", "toast-lite-early", "toast-lite-late"],
         metadata={
-            "help": f"Methods of `methods.py` besides LoRA; of TOAST also with {FUSED!r} or {STORED!r} at the end, of "
-            f"LoRA with {MERGED!r}.",
+            "help": f"Methods of `methods.py` besides LoRA; of TOAST also with {FUSED!r}, {STORED!r} or {CLOSED!r} at "
+            f"the end, of LoRA with {MERGED!r}.",
             "choices": [name for name, method in METHODS.items() if method.config]
-            + [name + suffix for name in METHODS if name.startswith("toast") for suffix in (FUSED, STORED)]
+            + [name + suffix for name in METHODS if name.startswith("toast") for suffix in (FUSED, STORED, CLOSED)]
             + [name + MERGED for name in METHODS if name.startswith("lora")]
             + [FREE],
         },
@@ -119,15 +122,27 @@ def make_model(arguments: Arguments, shape: str, method: str) -> nn.Module:
 
 
 def adapt(model: nn.Module, method: str) -> nn.Module:
-    """The model adapted with a method, fused or merged if its name says so; itself for "base"."""
+    """The model adapted with a method, fused, closed or merged if its name says so; itself for "base"."""
     if method == FREE:
         model.enable_input_require_grads()
         return model
+    if method.endswith(CLOSED):
+        return closed(model, method.removesuffix(CLOSED))
     if method != "base":
         model = apply_method(model, method.removesuffix(FUSED).removesuffix(STORED).removesuffix(MERGED))
     if method.endswith(FUSED):
         model.eval().fuse_feedback()
     return model.merge_and_unload() if method.endswith(MERGED) else model
+
+
+def closed(model: nn.Module, method: str) -> PeftModel:
+    """The model adapted with a method, under a gate that no input opens."""
+    config = METHODS[method].config
+    assert config is not None
+    adapted = get_peft_model(model, config(gate="sequence", skip_closed_rows=True))
+    for gate in (module for module in adapted.modules() if isinstance(module, Gate)):
+        gate.threshold.fill_(2)  # which no cosine is above
+    return adapted
 
 
 def make_inputs(arguments: Arguments, shape: str) -> Inputs:
@@ -270,7 +285,7 @@ def measure(arguments: Arguments, shape: str) -> pd.DataFrame:
 
 def is_trained(method: str) -> bool:
     """Whether there is a training step to measure."""
-    return method != "base" and not method.endswith((FUSED, MERGED))
+    return method != "base" and not method.endswith((FUSED, CLOSED, MERGED))
 
 
 def runs_alone(method: str) -> bool:

@@ -228,7 +228,9 @@ def test_tokens_before_the_first_open_one_are_those_of_the_base_model(kind: str)
     inputs = inputs_for(model)
     [path] = paths_of(model)
     for name, parameter in path.selection.topdown_gate["default"].named_parameters():
-        parameter.requires_grad_(False).mul_(-1 if name in ("direction", "threshold") else 1)  # open at the end, not at the beginning
+        parameter.requires_grad_(False).mul_(
+            -1 if name in ("direction", "threshold") else 1
+        )  # open at the end, not at the beginning
     output = output_of(model, inputs)
     gate = gate_of(model)[..., 0] > 0
     with model.disable_adapter():
