@@ -62,7 +62,9 @@ class Arguments:
     block_size: int = field(default=128, metadata={"help": "Tokens in a block."})
     max_train_blocks: int = field(default=100, metadata={"help": "Train on so many blocks of each task at most."})
     fit_blocks: int = field(default=64, metadata={"help": "Blocks of each text that gates are fitted to."})
-    quantile: float | None = field(default=None, metadata={"help": "How strict gates are. Default: 0.99."})
+    quantile: float | None = field(
+        default=None, metadata={"help": "How strict gates are. Default: that of `fit_gate`."}
+    )
     test_blocks: int = field(default=40, metadata={"help": "Test on so many blocks at most."})
     num_train_epochs: float = field(default=2.0, metadata={"help": "Epochs of each training."})
     per_device_train_batch_size: int = field(default=4, metadata={"help": "Blocks in a batch."})

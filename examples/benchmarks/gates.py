@@ -68,7 +68,9 @@ class Arguments:
         default_factory=lambda: ["toast-lite-initialized", "pass2-lora"], metadata={"help": "What gets a gate."}
     )
     gates: list[str] = field(default_factory=lambda: ["sequence", "token"], metadata={"help": "Kinds of gates."})
-    quantile: float | None = field(default=None, metadata={"help": "How strict the gate is. Default: 0.99."})
+    quantile: float | None = field(
+        default=None, metadata={"help": "How strict the gate is. Default: that of `fit_gate`."}
+    )
     scales: list[float] = field(default_factory=lambda: [1.0, 0.7, 0.5], metadata={"help": "Scales of LoRA."})
     block_size: int = field(default=128, metadata={"help": "Tokens in a block."})
     max_train_blocks: int | None = field(default=None, metadata={"help": "Train on so many blocks at most."})

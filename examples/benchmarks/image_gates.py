@@ -55,7 +55,9 @@ class Arguments:
     image_column_name: str = field(default="image", metadata={"help": "Column with the images."})
     fit_images: int = field(default=64, metadata={"help": "Images of each set that gates are fitted to."})
     test_images: int = field(default=100, metadata={"help": "Images of each set to test on."})
-    quantile: float | None = field(default=None, metadata={"help": "How strict the gate is. Default: 0.99."})
+    quantile: float | None = field(
+        default=None, metadata={"help": "How strict the gate is. Default: that of `fit_gate`."}
+    )
     seed: int = field(default=0, metadata={"help": "Chooses the images, and the weights of the adapter."})
     output_dir: str = field(default="outputs/image_gates", metadata={"help": "Folder for the table."})
 

@@ -78,7 +78,7 @@ def open_for_half(
         compared.append(gate.compared(features, tokens))
 
     if gate.prior is not None:
-        gate.prior.data.copy_(torch.linspace(-2, 2, len(gate.prior)))
+        gate.prior.data.copy_(torch.linspace(-0.5, 0.5, len(gate.prior)))
     with gate.register_forward_pre_hook(keep):
         output_of(model, inputs)
     y = F.normalize(compared[0].flatten(0, -2), dim=-1)

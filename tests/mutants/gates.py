@@ -6,6 +6,7 @@ GATE = "features/test_gate.py -k "
 FIT = "features/test_gate_fitting.py -k "
 
 OF_A_GATE = [
+    Mutant("gate: no prior", ", self.is_causal) + self.prior.to(x.dtype)", ", self.is_causal)", f"{GATE}formula"),
     Mutant("gate: not used", "mask = gate * mask", "pass", f"{GATE}factor_of_the_mask"),
     Mutant(
         "gate: sum of features that are not normalised",
@@ -65,8 +66,8 @@ OF_A_GATE = [
     ),
     Mutant(
         "gate: features are in the graph",
-        "x = _precise(features.detach().flatten(1, -2))",
-        "x = _precise(features.flatten(1, -2).sin())",
+        "x = precise(features.detach().flatten(1, -2))",
+        "x = precise(features.flatten(1, -2).sin())",
         f"{GATE}formula",
     ),
     Mutant(
@@ -82,13 +83,40 @@ OF_A_GATE = [
         f"{FIT}covariance",
     ),
     Mutant(
+        "gate fit: quantile of tokens",
+        "largest = (domains[name].largest(scores) for name, scores in closed.items())",
+        "largest = closed.values()",
+        f"{FIT}share_of_rows",
+    ),
+    Mutant(
+        "gate fit: rows of a batch are those of the one before",
+        "self.rows.append(row.cpu() + self.num_rows)",
+        "self.rows.append(row.cpu())",
+        f"{FIT}share_of_rows",
+    ),
+    Mutant(
+        "gate fit: prior of all tokens together",
+        "self.total / self.num_tokens",
+        "self.total",
+        f"{FIT}means",
+    ),
+    Mutant(
+        "gate fit: a token gate gets whole rows",
+        "rows if self.gate.prior is not None else torch.arange(len(y))",
+        "rows",
+        f"{FIT}means",
+    ),
+    Mutant(
         "gate fit: rounding opens the reference",
         "    threshold += _ROUNDING\n",
         "    threshold -= 10 * _ROUNDING\n",
         f"{FIT}gets_the_output_of_the_base_model",
     ),
     Mutant(
-        "gate fit: padding is looked at", "            y = y[tokens.own]\n", "            pass\n", f"{FIT}padding_is"
+        "gate fit: padding is looked at",
+        "self.y.append(y[has_tokens].cpu())",
+        "self.y.append(y.flatten(0, 1).cpu())",
+        f"{FIT}padding_is",
     ),
     Mutant(
         "gate fit: disturbs a token that nobody sees",
