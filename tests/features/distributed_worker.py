@@ -17,7 +17,7 @@ from peft import PeftModel
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 
-from toast_peft import store_features
+from toast_peft import fit_gate, store_features
 
 from ..helpers import blocks_of, steered
 from ..zoo import VARIANTS, VIT_AND_LLAMA, inputs_of, tiny_model
@@ -35,6 +35,7 @@ SCENARIOS = {
     "head": ({"modules_to_save": ["head"]}, None),
     "stored": ({"feedback_to": 2}, None),  # pass 1, by the first process
     "pre-tuning": ({"variational_weight": 0.1}, None),  # with more, three steps diverge
+    "gated": ({"gate": "sequence", "feedback_to_output": True, "pass2_target_modules": "all-linear"}, None),
 }
 BATCH_SIZE = 4
 
@@ -51,6 +52,10 @@ def scenario_model(model_class: type, scenario: str) -> PeftModel:
     if "modules_to_save" in options:
         options = {"modules_to_save": [HEADS[model_class]]}
     model = steered(scenario_base(model_class, scenario), **options).train()
+    if "gate" in options:
+        inputs = inputs_of(model, BATCH_SIZE)
+        target, reference = ({name: x[rows] for name, x in inputs.items()} for rows in (slice(1, 3), slice(3, 4)))
+        fit_gate(model, [target], [reference])  # open for rows of both processes
     if use_reentrant is not None:
         model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     return model
