@@ -107,7 +107,7 @@ def test_page_has_what_was_measured_of_strictness() -> None:
     runs = pd.read_csv(ROOT / "examples/benchmarks/results/continual_quantiles.csv")
     cells = runs.set_index(["method", "quantile", "text"])["perplexity"].unstack(sort=False)
     refitted, oracle = cells.loc["gated adapters, refitted"], cells.loc["gated adapters, refitted, oracle"]
-    assert list(refitted.index) == [0.99, 0.95, 0.9, 0.8]
+    assert list(refitted.index) == [0.98, 0.95, 0.9, 0.8]
     for quantile, row in refitted.iterrows():
         shown = [f"{value:.4g} ({value / oracle.loc[quantile, text]:.3f})" for text, value in row.items()]
         assert f"| {quantile} | {' | '.join(shown)} |" in PAGE
