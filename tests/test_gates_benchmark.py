@@ -7,6 +7,8 @@ import image_gates
 import offline
 import pandas as pd
 import pytest
+import text_gates
+import torch
 
 
 @pytest.mark.filterwarnings("ignore:The gate of the TOAST adapter")
@@ -40,6 +42,32 @@ def test_each_set_of_images_is_the_target_once(tmp_path: Path) -> None:
     negatives = runs[runs["target"] == "negatives"].set_index("set")["left alone"]
     assert negatives["negatives"] < negatives["digits"]
     assert len((tmp_path / "image_gates.md").read_text().splitlines()) == 5
+
+
+@pytest.mark.filterwarnings("ignore:The gate of the TOAST adapter")
+def test_each_text_is_the_target_once(tmp_path: Path) -> None:
+    base = offline.small_llama(tmp_path / "base", steps=1, block_size=32)
+    sizes = ["--fit_blocks", "16", "--test_blocks", "8", "--block_size", "32", "--targets", "3"]
+    runs = text_gates.main(["--model_name_or_path", base, *sizes, "--output_dir", str(tmp_path)])
+    assert list(runs["target"].unique()) == ["prose", "numeric", "code"]
+    assert list(runs["set"].unique()) == ["prose", "numeric", "code", "digits"]
+    assert ((runs["is"] == "target") == (runs["target"] == runs["set"])).all()
+    digits = runs[runs["set"] == "digits"].set_index("target")["left alone"]
+    assert (digits == 100).all()
+    assert len((tmp_path / "text_gates.md").read_text().splitlines()) == 5
+    assert (tmp_path / "switch.png").stat().st_size > 10_000
+
+
+def test_blocks_of_two_texts_change_in_the_middle() -> None:
+    first, second = ([{"input_ids": torch.full((rows, 6), value)} for rows in (8, 3)] for value in (1, 2))
+    changed = text_gates.halves(first, [second[0], {"input_ids": torch.full((2, 6), 2)}])
+    assert [batch["input_ids"].tolist() for batch in changed] == [[[1, 1, 1, 2, 2, 2]] * 8]
+
+
+def test_page_has_what_was_measured() -> None:
+    root = Path(__file__).parents[1]
+    runs = pd.read_csv(root / "examples/benchmarks/results/text_gates.csv")
+    assert image_gates.table(runs) in (root / "docs" / "gates.md").read_text()
 
 
 def test_sets_that_are_in_no_reference_are_in_brackets() -> None:
