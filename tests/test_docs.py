@@ -309,7 +309,7 @@ def test_readme_sums_up_what_was_measured() -> None:
     readme = " ".join(README.split())
     assert f"to {largest['gated']} with a gate, to {largest['full']} with full fine-tuning and" in readme
     assert f"to {largest['lora-all-linear']} with LoRA on all linear layers" in readme
-    assert f"full fine-tuning ({mean['full']}), TOAST with" in readme
+    assert f"full fine-tuning ({mean['full']}), OFT ({mean['oft']}), TOAST with" in readme
     assert f"feedback to the output ({mean['toast-output-initialized']}) and LoRA" in readme
     assert f"on all linear layers ({mean['lora-all-linear']}), scaled down" in readme
     assert f"than what is gated ({mean['gated']})" in readme
