@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .core.gate import Gate, precise, steps_of
+from .core.gate import Gate, precise
 from .core.layers import FeedbackPath
 
 _DISTURBED = 1e-3  # relative to the largest entry: more than rounding, far less than what a token changes
@@ -25,7 +25,8 @@ class Domain(NamedTuple):
 
     Args:
         y: what it compares with its direction, before that is normalised. Shape: [k, d]
-        rows: which row each of these is of; for a gate that looks at tokens alone each is one. Shape: [k]
+        rows: which row each of these is of, or which text packed into a row; for a gate that looks at tokens alone
+            each of them is one. Shape: [k]
         mean: of the normalised features over all tokens. Shape: [d]
     """
 
@@ -70,14 +71,17 @@ class Compared:
         """A hook: the features, after pass 1."""
         features, _, compared, _ = args
         x, tokens = features if compared is None else compared, kwargs["tokens"]
-        y, steps = self.gate.compared(x, tokens), steps_of(precise(x.flatten(1, -2)), tokens.own)
-        own = tokens.own if tokens.own is not None else torch.ones_like(steps[..., 0], dtype=torch.bool)
-        has_tokens = own if y.shape[1] == own.shape[1] else own.any(1, keepdim=True)
-        row, _ = has_tokens.nonzero(as_tuple=True)
+        y = self.gate.compared(x, tokens)  # without a prior, which a new gate does not have yet
+        steps = F.normalize(precise(x.flatten(1, -2)), dim=-1)
+        shape = steps.shape[:2]
+        own = torch.ones_like(steps[..., 0], dtype=torch.bool) if tokens.own is None else tokens.own.expand(shape)
+        is_first = torch.arange(shape[1], device=own.device) == 0 if tokens.starts is None else tokens.starts
+        rows = is_first.expand(shape).flatten().cumsum(0).view(shape) - 1 + self.num_rows
+        has_tokens = own if y.shape[1] == shape[1] else own.any(1, keepdim=True)
         self.y.append(y[has_tokens].cpu())
-        self.rows.append(row.cpu() + self.num_rows)
-        self.total = self.total + steps.sum((0, 1)).cpu()
-        self.num_rows += len(own)
+        self.rows.append(rows[:, : y.shape[1]][has_tokens].cpu())
+        self.total = self.total + steps[own].sum(0).cpu()
+        self.num_rows = int(rows.max()) + 1
         self.num_tokens += int(own.sum())
 
     def take(self, name: str) -> Domain:
@@ -90,7 +94,7 @@ class Compared:
             raise ValueError(f"The {name} gave no tokens; expected at least one batch that has some.")
         y, rows, mean = torch.cat(self.y), torch.cat(self.rows), self.total / self.num_tokens
         self._begin()
-        if not y.isfinite().all():
+        if not (y.isfinite().all() and mean.isfinite().all()):
             raise ValueError(f"The hidden states of the {name} are NaN or infinite; expected finite ones.")
         return Domain(y, rows if self.gate.prior is not None else torch.arange(len(y)), mean)
 
@@ -127,7 +131,8 @@ class Disturbance:
         """A hook: the features, after pass 1."""
         self.features.append(args[0].float())
         own = kwargs["tokens"].own
-        own = torch.ones(args[0].shape[:2], device=args[0].device) if own is None else own
+        shape = args[0].shape[:2]
+        own = torch.ones(shape, device=args[0].device) if own is None else own.expand(shape)
         self.last = (torch.arange(own.shape[1], device=own.device) * own).argmax(1)
 
     def was_seen(self) -> bool:

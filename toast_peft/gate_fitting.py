@@ -99,7 +99,8 @@ def fit_gate(
         gate: "sequence" or "token", see [`TopDownConfig`]. Default: what the config says, else "sequence".
         quantile: how strict it is: the share of the rows of each domain of the reference for which it is closed from
             their first token to the last; of a "token" gate, the share of the tokens. Default: 0.95 of rows, 0.99 of
-            tokens, 1 if the reference is generated.
+            tokens, 1 if the reference is generated. Texts packed into a row count as rows. With an encoder and a
+            decoder it is the share for each of them.
 
     Returns:
         `auc`, the probability that a token of the target is more like it than one of the reference; `open_target` and
@@ -134,7 +135,10 @@ def fit_gate(
         of_target = _of_domain(model, target, "target", collected)
         fits = {
             name: _fit(
-                of_target[name], {domain: found[name] for domain, found in seen.items()}, quantile, kind == "sequence"
+                of_target[name],
+                {domain: found[name] for domain, found in seen.items()},
+                quantile,
+                collected[name].gate,
             )
             for name in paths
         }
@@ -166,6 +170,8 @@ def _check(paths: Mapping[str, FeedbackPath], adapter_name: str, gate: str | Non
 
 def _domains(model: nn.Module, reference: Any) -> dict[str, Batches]:
     """The domains of the reference by their names."""
+    if isinstance(reference, Mapping) and not reference:
+        raise ValueError("`reference` has no domains; expected at least one.")
     if isinstance(reference, str):
         if reference != "generate":
             raise ValueError(
@@ -261,31 +267,37 @@ def _of_domain(
     return {name: compared.take(domain) for name, compared in collected.items()}
 
 
-def _fit(target: Domain, domains: Mapping[str, Domain], quantile: float, is_running: bool) -> Fit:
+def _fit(target: Domain, domains: Mapping[str, Domain], quantile: float, gate: Gate) -> Fit:
     """The gate in closed form.
 
     Args:
         target: what the adapter is for.
         domains: those of the reference.
         quantile: the share of each of them for which it is closed.
-        is_running: whether it looks at rows, and not at tokens alone.
+        gate: the gate; all is fitted to what is left of prior and direction in its dtype.
     """
-    prior = (_PRIOR if is_running else 0.0) * torch.stack([domain.mean for domain in domains.values()]).double().mean(
-        0
-    )
+    dtype, tokens = gate.direction.dtype, 0.0 if gate.prior is None else _PRIOR
+    prior = (tokens * torch.stack([domain.mean for domain in domains.values()]).double().mean(0)).to(dtype)
     target, domains = target.after(prior), {name: domain.after(prior) for name, domain in domains.items()}
-    direction = _direction(target.y, [domain.y for domain in domains.values()])
-    opened, closed = target.y @ direction, {name: domain.y @ direction for name, domain in domains.items()}
+    direction = _direction(target.y, [domain.y for domain in domains.values()]).to(dtype)
+    unit = F.normalize(direction.double(), dim=0)
+    opened, closed = target.y @ unit, {name: domain.y @ unit for name, domain in domains.items()}
     of_reference = torch.cat(list(closed.values()))
     largest = (domains[name].largest(scores) for name, scores in closed.items())
     threshold = max(float(np.quantile(scores.numpy(), quantile, method="higher")) for scores in largest)
-    threshold += _ROUNDING
+    threshold = _not_below(threshold + _ROUNDING, dtype)
     spread = float(of_reference.std(unbiased=False))
     width = max(float(opened.median()) - threshold, _NARROW * spread, _NARROWEST)
     report = {"auc": _auc(opened, of_reference), "open_target": _share_above(opened, threshold)}
     names = {name: f"open_{name}" for name in closed}
     report |= {names[name]: _share_above(cosines, threshold) for name, cosines in closed.items()}
     return Fit(prior, direction, threshold, width, report)
+
+
+def _not_below(value: float, dtype: torch.dtype) -> float:
+    """The next number that there is in a dtype."""
+    rounded = torch.tensor(value, dtype=dtype)
+    return float(rounded if rounded.double() >= value else rounded.nextafter(torch.ones_like(rounded)))
 
 
 def _direction(target: torch.Tensor, domains: list[torch.Tensor]) -> torch.Tensor:

@@ -27,7 +27,7 @@ import torch
 from comparison import only_our_progress
 from continual import offline_texts
 from cost import HelpFormatter
-from gates import Rows, blocks, load_folder
+from gates import Rows, blocks, has_logits_of_base, load_folder
 from image_gates import table
 from matplotlib.figure import Figure
 from offline import small_llama
@@ -50,7 +50,7 @@ class Arguments:
     )
     pretraining_steps: int = field(default=800, metadata={"help": "Steps of pre-training of the default model."})
     texts: list[str] = field(
-        default_factory=list, metadata={"help": "Folders of texts. Default: some on any machine."}
+        default_factory=list, metadata={"help": "Folders of texts, two or more. Default: some on any machine."}
     )
     unseen: list[str] = field(default_factory=list, metadata={"help": "The same; these are in no reference."})
     targets: int | None = field(default=None, metadata={"help": "So many of the texts are the target. Default: all."})
@@ -86,11 +86,13 @@ def logits(model: torch.nn.Module, inputs: Inputs) -> Iterator[torch.Tensor]:
         yield model(**{name: x.to(model.device) for name, x in batch.items()}, use_cache=False).logits
 
 
+@torch.no_grad()
 def left_alone(model: PeftModel, inputs: Inputs) -> float:
     """The percentage of blocks for which all logits are those of the base model."""
-    with model.disable_adapter():
-        plain = list(logits(model, inputs))
-    same = [(x == y).flatten(1).all(1) for x, y in zip(logits(model, inputs), plain, strict=True)]
+    same = [
+        has_logits_of_base(model, batch | {"use_cache": False}, found).view(len(found), -1).all(1)
+        for batch, found in zip(inputs, logits(model, inputs), strict=True)
+    ]
     return 100 * torch.cat(same).double().mean().item()
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
-from peft import PeftModel, inject_adapter_in_model
+from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from torch.nn import functional as F
 
 import toast_peft
@@ -124,22 +124,78 @@ def test_quantile_is_the_share_of_rows_that_are_left_alone() -> None:
     assert torch.cat(output_is_that_of_base).sum() == 13  # the 0.75 quantile of 16 numbers is the thirteenth
 
 
+def test_whole_rows_of_a_model_whose_tokens_see_all_others() -> None:
+    model = steered(tiny_model(tf.BertForSequenceClassification))
+    fit_gate(model, TARGET, REFERENCE)
+    gate, target, reference = gate_of(model), features_of(model, TARGET), features_of(model, REFERENCE)
+    prior = 16 * reference.mean((0, 1))
+    rows = [x.sum(1) + prior for x in (target, reference)]
+    of_target, of_reference = (y / np.linalg.norm(y, axis=-1, keepdims=True) for y in rows)
+    direction = of_target.mean(0) - of_reference.mean(0)
+    direction /= np.linalg.norm(direction)
+    np.testing.assert_allclose(gate.prior.numpy(), prior, atol=1e-4)
+    np.testing.assert_allclose(gate.direction.numpy(), direction, atol=1e-4)
+    threshold = np.quantile(of_reference @ direction, 0.95, method="higher")
+    np.testing.assert_allclose(gate.threshold.numpy(), [threshold], atol=1e-5)
+
+
+def padded(batches: Batches, side: str) -> Batches:
+    """The same with three tokens of padding on a side, and a row of nothing else."""
+    found = []
+    for batch in batches:
+        ids = batch["input_ids"]
+        zeros = torch.zeros(len(ids), 3, dtype=torch.long)
+        pair = (zeros, ids) if side == "left" else (ids, zeros)
+        mask = torch.cat([torch.full_like(part, int(part is ids)) for part in pair], dim=1)
+        rows = {"input_ids": torch.cat(pair, dim=1), "attention_mask": mask}
+        found.append({name: F.pad(x, (0, 0, 0, 1)) for name, x in rows.items()})
+    return found
+
+
+def assert_same_gate(gate: Any, expected: Any) -> None:
+    for name, parameter in expected.named_parameters():
+        torch.testing.assert_close(getattr(gate, name), parameter, rtol=0, atol=1e-4, msg=name)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_is_left_out(side: str) -> None:
     model = llama()
     fit_gate(model, TARGET, REFERENCE)
     expected = gate_of(model)
-    padded = []
-    for batch in TARGET:
-        zeros = torch.zeros(8, 3, dtype=torch.long)
-        ids = batch["input_ids"]
-        pair = (zeros, ids) if side == "left" else (ids, zeros)
-        mask = torch.cat([torch.full_like(part, int(part is ids)) for part in pair], dim=1)
-        padded.append({"input_ids": torch.cat(pair, dim=1), "attention_mask": mask})
-    fit_gate(model, padded, REFERENCE)
-    torch.testing.assert_close(gate_of(model).direction, expected.direction, rtol=0, atol=1e-4)
-    torch.testing.assert_close(gate_of(model).threshold, expected.threshold, rtol=0, atol=1e-4)
-    torch.testing.assert_close(gate_of(model).prior, expected.prior, rtol=0, atol=1e-4)
+    fit_gate(model, padded(TARGET, side), padded(REFERENCE, side))
+    assert_same_gate(gate_of(model), expected)
+
+
+def test_mask_of_one_row_is_that_of_all() -> None:
+    model = llama()
+    fit_gate(model, TARGET, REFERENCE)
+    expected = gate_of(model)
+    mask = torch.ones(12, 12, dtype=torch.bool).tril()[None, None]
+    fit_gate(model, *([batch | {"attention_mask": mask} for batch in side] for side in (TARGET, REFERENCE)))
+    assert_same_gate(gate_of(model), expected)
+
+
+def test_packed_texts_are_rows() -> None:
+    model = llama()
+    halves = [[{"input_ids": x["input_ids"].view(-1, 6)} for x in side] for side in (TARGET, REFERENCE)]
+    fit_gate(model, *halves, quantile=0.8)
+    expected = gate_of(model)
+    positions = torch.arange(12).remainder(6)[None]
+    packed = [[x | {"position_ids": positions, "use_cache": False} for x in side] for side in (TARGET, REFERENCE)]
+    fit_gate(model, *packed, quantile=0.8)
+    assert_same_gate(gate_of(model), expected)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_low_precision_leaves_the_reference_closed(seed: int) -> None:
+    base = tiny_model(tf.LlamaForCausalLM).to(torch.bfloat16)
+    model = get_peft_model(base, TopDownConfig(gate="sequence"), autocast_adapter_dtype=False).eval()
+    assert gate_of(model).direction.dtype == torch.bfloat16
+    reference = texts(12, 30, seed, rows=16, length=24)
+    fit_gate(model, texts(2, 12, seed, rows=16, length=24), reference, quantile=1.0)
+    for batch in reference:
+        output_of(model, batch)
+        assert not paths_of(model)[0].state.current.gate.any()
 
 
 def test_it_does_not_depend_on_the_adapter() -> None:
@@ -282,6 +338,7 @@ REFUSED = {
     "no batches": ([], REFERENCE, {}, "target has no batches"),
     "no tokens": (TARGET, [], {}, "reference gave no tokens"),
     "no dicts": (TARGET, [torch.ones(2, 3)], {}, "expected dicts of model inputs"),
+    "no domains": (TARGET, {}, {}, "`reference` has no domains"),
     "no such word": (TARGET, "web", {}, "`reference` is 'web'; expected batches"),
     "no such adapter": (TARGET, REFERENCE, {"adapter_name": "law"}, "expected the active TOAST adapter"),
     "no share": (TARGET, REFERENCE, {"quantile": 1.5}, "`quantile` is 1.5; expected a share"),

@@ -90,12 +90,12 @@ OF_A_GATE = [
     ),
     Mutant(
         "gate fit: rows of a batch are those of the one before",
-        "self.rows.append(row.cpu() + self.num_rows)",
-        "self.rows.append(row.cpu())",
+        ".view(shape) - 1 + self.num_rows",
+        ".view(shape) - 1",
         f"{FIT}share_of_rows",
     ),
     Mutant(
-        "gate fit: prior of all tokens together",
+        "gate fit: prior of the sum, not of the mean",
         "self.total / self.num_tokens",
         "self.total",
         f"{FIT}means",
@@ -107,9 +107,27 @@ OF_A_GATE = [
         f"{FIT}means",
     ),
     Mutant(
+        "gate fit: padding is in the prior",
+        "steps[own].sum(0).cpu()",
+        "steps.sum((0, 1)).cpu()",
+        f"{FIT}padding_is",
+    ),
+    Mutant(
+        "gate fit: packed texts are one row",
+        "== 0 if tokens.starts is None else tokens.starts",
+        "== 0",
+        f"{FIT}packed",
+    ),
+    Mutant(
+        "gate fit: low precision opens the reference",
+        "_not_below(threshold + _ROUNDING, dtype)",
+        "threshold + _ROUNDING",
+        f"{FIT}low_precision",
+    ),
+    Mutant(
         "gate fit: rounding opens the reference",
-        "    threshold += _ROUNDING\n",
-        "    threshold -= 10 * _ROUNDING\n",
+        "_not_below(threshold + _ROUNDING, dtype)",
+        "_not_below(threshold - 10 * _ROUNDING, dtype)",
         f"{FIT}gets_the_output_of_the_base_model",
     ),
     Mutant(
