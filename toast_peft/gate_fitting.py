@@ -289,8 +289,7 @@ def _fit(target: Domain, domains: Mapping[str, Domain], quantile: float, gate: G
     spread = float(of_reference.std(unbiased=False))
     width = max(float(opened.median()) - threshold, _NARROW * spread, _NARROWEST)
     report = {"auc": _auc(opened, of_reference), "open_target": _share_above(opened, threshold)}
-    names = {name: f"open_{name}" for name in closed}
-    report |= {names[name]: _share_above(cosines, threshold) for name, cosines in closed.items()}
+    report |= {f"open_{name}": _share_above(cosines, threshold) for name, cosines in closed.items()}
     return Fit(prior, direction, threshold, width, report)
 
 

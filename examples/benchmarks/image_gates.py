@@ -40,6 +40,8 @@ from transformers import (
 
 from toast_peft import TopDownConfig, fit_gate
 
+Splits = dict[str, list[dict[str, Any]]]  # batches of inputs
+
 
 @dataclass
 class Arguments:
@@ -94,9 +96,31 @@ def batches(images: Dataset, base: str, arguments: Arguments) -> list[dict[str, 
 
 @torch.no_grad()
 def left_alone(model: PeftModel, inputs: list[dict[str, Any]]) -> float:
-    """Percentage of the images for which the logits are those of the base model."""
-    same = [has_logits_of_base(model, batch, model(**batch).logits) for batch in inputs]
+    """Percentage of the rows for which all logits are those of the base model."""
+    found = ((batch, model(**batch).logits) for batch in inputs)
+    same = [has_logits_of_base(model, batch, logits).view(len(logits), -1).all(1) for batch, logits in found]
     return 100 * torch.cat(same).double().mean().item()
+
+
+def of_target(
+    model: PeftModel, target: str, inputs: dict[str, Splits], unseen: set[str], quantile: float | None
+) -> Iterator[dict[str, Any]]:
+    """Fit the gate to a target, and measure it on all sets.
+
+    Args:
+        model: has the adapter.
+        target: one of `inputs`.
+        inputs: batches of each set, those to fit to ("train") and those to test on.
+        unseen: sets that are in no reference.
+        quantile: how strict the gate is.
+    """
+    reference = {name: of["train"] for name, of in inputs.items() if name != target and name not in unseen}
+    report = fit_gate(model, inputs[target]["train"], reference, quantile=quantile)
+    for name, of in inputs.items():
+        kind = "target" if name == target else "unseen" if name in unseen else "reference"
+        row = {"target": target, "set": name, "is": kind, "left alone": left_alone(model, of["test"])}
+        print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+        yield row | {"auc": report["auc"], "open_target": report["open_target"]}
 
 
 def measure(arguments: Arguments) -> Iterator[dict[str, Any]]:
@@ -117,12 +141,7 @@ def measure(arguments: Arguments) -> Iterator[dict[str, Any]]:
     classifier = AutoModelForImageClassification.from_pretrained(base)
     model = get_peft_model(classifier, TopDownConfig(gate="sequence", init_weights=False)).eval()
     for target in inputs:
-        reference = {name: of["train"] for name, of in inputs.items() if name != target and name not in unseen}
-        report = fit_gate(model, inputs[target]["train"], reference, quantile=arguments.quantile)
-        for name, of in inputs.items():
-            kind = "target" if name == target else "unseen" if name in unseen else "reference"
-            alone = left_alone(model, of["test"])
-            yield {"target": target, "set": name, "is": kind, "left alone": alone, "auc": report["auc"]}
+        yield from of_target(model, target, inputs, unseen, arguments.quantile)
 
 
 def table(runs: pd.DataFrame) -> str:

@@ -27,18 +27,18 @@ import torch
 from comparison import only_our_progress
 from continual import offline_texts
 from cost import HelpFormatter
-from gates import Rows, blocks, has_logits_of_base, load_folder
-from image_gates import table
+from gates import Rows, blocks, load_folder
+from image_gates import Splits, of_target, table
 from matplotlib.figure import Figure
 from offline import small_llama
 from peft import PeftModel, get_peft_model
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, default_data_collator, set_seed
 
-from toast_peft import TopDownConfig, fit_gate
+from toast_peft import TopDownConfig
 from toast_peft.core.layers import feedback_paths
 
-Inputs = list[dict[str, torch.Tensor]]
+Inputs = list[dict[str, Any]]
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Arguments:
     output_dir: str = field(default="outputs/text_gates", metadata={"help": "Folder for the table and the picture."})
 
 
-def load_inputs(arguments: Arguments, base: str) -> dict[str, dict[str, Inputs]]:
+def load_inputs(arguments: Arguments, base: str) -> dict[str, Splits]:
     """Batches of each text, for fitting and for testing."""
     folders = [*arguments.texts, *arguments.unseen]
     texts: dict[str, Any] = {Path(path).name: load_folder(path) for path in folders} or offline_texts()
@@ -76,31 +76,19 @@ def load_inputs(arguments: Arguments, base: str) -> dict[str, dict[str, Inputs]]
 
 def batches(rows: Rows) -> Inputs:
     """Blocks of tokens, eight at a time."""
-    return [{"input_ids": batch["input_ids"]} for batch in DataLoader(rows, 8, collate_fn=default_data_collator)]
+    loader = DataLoader(rows, 8, collate_fn=default_data_collator)
+    return [{"input_ids": batch["input_ids"], "use_cache": False} for batch in loader]
 
 
 @torch.no_grad()
-def logits(model: torch.nn.Module, inputs: Inputs) -> Iterator[torch.Tensor]:
-    """Shape of each: [b, n, vocabulary]"""
-    for batch in inputs:
-        yield model(**{name: x.to(model.device) for name, x in batch.items()}, use_cache=False).logits
-
-
-@torch.no_grad()
-def left_alone(model: PeftModel, inputs: Inputs) -> float:
-    """The percentage of blocks for which all logits are those of the base model."""
-    same = [
-        has_logits_of_base(model, batch | {"use_cache": False}, found).view(len(found), -1).all(1)
-        for batch, found in zip(inputs, logits(model, inputs), strict=True)
-    ]
-    return 100 * torch.cat(same).double().mean().item()
-
-
 def opened(model: PeftModel, inputs: Inputs) -> torch.Tensor:
     """How far the gate is open at each token, the mean over the blocks. Shape: [n]"""
     [(_, path)] = feedback_paths(model)
-    gates = [path.state.current.gate.squeeze(-1) for _ in logits(model, inputs)]
-    return torch.cat(gates).float().mean(0).cpu()
+    gates = []
+    for batch in inputs:
+        model(**batch)
+        gates.append(path.state.current.gate.squeeze(-1))
+    return torch.cat(gates).float().mean(0)
 
 
 def halves(first: Inputs, second: Inputs) -> Inputs:
@@ -110,10 +98,11 @@ def halves(first: Inputs, second: Inputs) -> Inputs:
         for a, b in zip(first, second, strict=False)
         if len(a["input_ids"]) == len(b["input_ids"])
     )
-    return [{"input_ids": torch.cat([a[:, : a.shape[1] // 2], b[:, b.shape[1] // 2 :]], dim=1)} for a, b in pairs]
+    changed = (torch.cat([a[:, : a.shape[1] // 2], b[:, b.shape[1] // 2 :]], dim=1) for a, b in pairs)
+    return [{"input_ids": ids, "use_cache": False} for ids in changed]
 
 
-def picture(model: PeftModel, inputs: dict[str, dict[str, Inputs]]) -> Figure:
+def picture(model: PeftModel, inputs: dict[str, Splits]) -> Figure:
     """Of a gate that is fitted to the first text: where the text changes."""
     target, other = list(inputs)[:2]
     tests = {name: inputs[name]["test"] for name in (target, other)}
@@ -139,15 +128,9 @@ def measure(arguments: Arguments) -> Iterator[dict[str, Any]]:
     config = TopDownConfig(task_type="CAUSAL_LM", r=8, gate="sequence", init_weights=False, skip_closed_rows=True)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).eval()
     for index, target in enumerate([name for name in inputs if name not in unseen][: arguments.targets]):
-        reference = {name: of["train"] for name, of in inputs.items() if name != target and name not in unseen}
-        report = fit_gate(model, inputs[target]["train"], reference, quantile=arguments.quantile)
+        yield from of_target(model, target, inputs, unseen, arguments.quantile)
         if index == 0:
             picture(model, inputs).savefig(folder / "switch.png", dpi=150)
-        for name, of in inputs.items():
-            kind = "target" if name == target else "unseen" if name in unseen else "reference"
-            row = {"target": target, "set": name, "is": kind, "left alone": left_alone(model, of["test"])}
-            print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-            yield row | {"auc": report["auc"], "open_target": report["open_target"]}
 
 
 def main(arguments: list[str] | None = None) -> pd.DataFrame:
