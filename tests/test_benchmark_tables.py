@@ -12,7 +12,8 @@ import pytest
 import serving
 import tables
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
 
 
 def cells(markdown: str) -> list[list[str]]:
@@ -87,6 +88,22 @@ def test_costs_are_measured_next_to_the_base_model_and_lora(
     assert saved["toast"]["kernels / base"] > saved["toast-fused"]["kernels / base"] > 1.9
     assert (closed[1], closed[3]) == ("toast-closed", "-")
     assert saved["toast-closed"]["FLOPs / base"] == 1
+
+
+def test_costs_under_autocast(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    config = ViTConfig(image_size=8, patch_size=4, hidden_size=16, intermediate_size=32, num_attention_heads=2)
+    monkeypatch.setitem(cost.MODELS, "vit-small", (ViTForImageClassification, config))
+    dtypes = []
+    forward_time = cost.forward_time
+
+    def recorded(model: nn.Module, inputs: dict, device: str) -> float:
+        dtypes.append(model(**inputs).logits.dtype)
+        return forward_time(model, inputs, device)
+
+    monkeypatch.setattr(cost, "forward_time", recorded)
+    cost.main(["--rounds", "1", "--batch_size", "1", "--methods", "toast-lite", "--autocast"])
+    assert set(dtypes) == {torch.bfloat16}
+    assert "vit-small, cpu, float32, autocast, median of 1 rounds" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("shape", cost.MODELS)

@@ -1,7 +1,7 @@
 """`compare_methods.py`: that all methods are treated alike, what each trains, and that nothing is trained twice."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import compare_methods
@@ -244,12 +244,12 @@ def lora_names(layers: list[str]) -> set[str]:
     }
 
 
-def pass2_names(layers: list[str]) -> set[str]:
+def pass2_names(layers: list[str], parts: Sequence[str] = "AB") -> set[str]:
     return {
-        f"vit.feedback_path.second_pass.{block}-{layer.replace('.', '-')}.topdown_pass2_{factor}.weight"
+        f"vit.feedback_path.second_pass.{block}-{layer.replace('.', '-')}.topdown_pass2_{part}.weight"
         for block in range(BLOCKS)
         for layer in layers
-        for factor in "AB"
+        for part in parts
     }
 
 
@@ -269,10 +269,13 @@ TRAINABLE = {
     "lora": lora_names([ATTENTION[0], ATTENTION[2]]),
     "lora-mlp": lora_names(MLP_LAYERS),
     "lora-all-linear": lora_names(ALL_LINEAR),
+    "lora-all-linear-biases": lora_names(ALL_LINEAR) | names_of_base(".bias"),
     "lora-all-linear-replay": lora_names(ALL_LINEAR),
     "oft": oft_names(ALL_LINEAR),
     "pass2-lora": pass2_names(ALL_LINEAR),
     "pass2-lora-gated": pass2_names(ALL_LINEAR),
+    "pass2-biases": pass2_names(ALL_LINEAR, ["bias"]),
+    "pass2-lora-biases": pass2_names(ALL_LINEAR, ["A", "B", "bias"]),
     "toast": toast_names(ALL),
     "toast-initialized": toast_names(ALL),
     "toast-output-initialized": toast_names(ALL) | OUTPUT,
@@ -282,6 +285,7 @@ TRAINABLE = {
     "toast-late": toast_names(LATE),
     "toast-lite": toast_names(ALL, LITE),
     "toast-lite-initialized": toast_names(ALL, LITE),
+    "toast-lite-pass2-lora-biases": toast_names(ALL, LITE) | pass2_names(ALL_LINEAR, ["A", "B", "bias"]),
     "toast-lite-transform-8": toast_names(ALL, LITE, LITE),
     "toast-lite-early": toast_names(EARLY, LITE),
     "toast-lite-late": toast_names(LATE, LITE),
@@ -297,7 +301,7 @@ def test_a_method_trains_its_own_parameters_and_the_new_head(
     monkeypatch.setattr(toast_peft, "fit_gate", lambda *args: fits.append(args))
     model = apply_method(tiny_vit(), method, "batches", "saved", reference="reference", **NEW_HEAD)
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    for addition in ("base_model.model.", ".default", ".modules_to_save"):
+    for addition in ("base_model.model.", ".base_layer", ".default", ".modules_to_save"):
         names = {name.replace(addition, "") for name in names}
     assert names == TRAINABLE[method] | HEAD
     assert ("saved" in pretrained_feedback) == (method == "toast-pretuned")

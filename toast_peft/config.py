@@ -98,7 +98,7 @@ class TopDownConfig(PeftConfig):
         pass2_target_modules: linear layers of the blocks that get LoRA in pass 2, under the gate; pass 1 stays that of
             the base model. Names, as the ends of full names; a regular expression; or "all-linear" for all, but those
             of cross-attention. Only blocks from `feedback_to` on run in pass 2. Default: None, no LoRA.
-        pass2_r: its rank.
+        pass2_r: its rank. 0 with `pass2_bias="all"` adds the biases alone.
         pass2_lora_alpha: its product is scaled by `pass2_lora_alpha / pass2_r`.
         pass2_lora_dropout: dropout on its input.
         pass2_bias: "all" adds a bias to each of these layers as well, in pass 2 only. Default: "none".
@@ -232,7 +232,7 @@ class TopDownConfig(PeftConfig):
             "'all-linear' for all in the blocks that run in it. Default: none."
         },
     )
-    pass2_r: int = field(default=8, metadata={"help": "Rank of the LoRA of pass2_target_modules."})
+    pass2_r: int = field(default=8, metadata={"help": "Rank of the LoRA of pass2_target_modules; 0: biases only."})
     pass2_lora_alpha: float = field(
         default=8, metadata={"help": "Its product is scaled by pass2_lora_alpha / pass2_r."}
     )

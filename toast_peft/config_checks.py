@@ -74,7 +74,7 @@ _EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "gate_report": ("a dict of numbers", _any),
     "feedback_scale": ("a finite number; 1.0 is the feedback as it was trained, 0.0 none", _any),
     "pass2_target_modules": ("'all-linear', a list of module names, or a valid regular expression", _are_names),
-    "pass2_r": ("a positive rank", _positive),
+    "pass2_r": ("a positive rank, or 0 for biases only", _not_negative),
     "pass2_lora_alpha": ("a positive number", _positive),
     "pass2_lora_dropout": ("a probability in [0, 1)", lambda value: 0 <= value < 1),
     "feedback_to_output": _SWITCH,
@@ -203,6 +203,11 @@ def _check_second_pass(config: Any) -> None:
         raise ValueError(
             f"`pass2_bias={config.pass2_bias!r}` is about `pass2_target_modules`, which is not given; name the linear "
             "layers that get a bias there."
+        )
+    if has_targets and config.pass2_r == 0 and config.pass2_bias == "none":
+        raise ValueError(
+            "`pass2_r=0` and `pass2_bias='none'` add nothing to `pass2_target_modules`; give a rank, or "
+            "`pass2_bias='all'` for biases only."
         )
     missing = [part for part in config.trainable_parts if part not in parts_of(config)]
     if missing:

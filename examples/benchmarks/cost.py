@@ -104,6 +104,9 @@ class Arguments:
     batch_size: int = field(default=4, metadata={"help": "Images or sentences at a time."})
     length: int = field(default=128, metadata={"help": "Tokens in a sentence."})
     rounds: int = field(default=7, metadata={"help": "How often each method is measured."})
+    autocast: bool = field(
+        default=False, metadata={"help": "Measure under torch.autocast to bfloat16, as a Trainer with bf16=True runs."}
+    )
     compile_model: bool = field(default=False, metadata={"help": "Measure after torch.compile."})
     output_file: str | None = field(default=None, metadata={"help": "JSON file for the tables."})
 
@@ -320,9 +323,11 @@ def main(arguments: list[str] | None = None) -> None:
     [parsed] = parser.parse_args_into_dataclasses(arguments)
     results = {}
     for shape in parsed.models:
-        table = measure(parsed, shape)
+        with torch.autocast(torch.device(parsed.device).type, torch.bfloat16, enabled=parsed.autocast):
+            table = measure(parsed, shape)
         results[shape] = table.to_dict(orient="index")
-        print(f"\n{shape}, {parsed.device}, {parsed.dtype}, median of {parsed.rounds} rounds\n")
+        dtype = f"{parsed.dtype}, autocast" if parsed.autocast else parsed.dtype
+        print(f"\n{shape}, {parsed.device}, {dtype}, median of {parsed.rounds} rounds\n")
         formats = ["", *(".0f" if column.endswith("MB") else ".2f" for column in table)]
         print(table.astype(object).where(table.notna(), None).to_markdown(floatfmt=formats, missingval="-"))
     if parsed.output_file:

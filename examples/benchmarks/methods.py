@@ -45,9 +45,9 @@ _lora_all_linear = partial(_lora, target_modules="all-linear")
 _oft = partial(OFTConfig, target_modules="all-linear")
 _lite = partial(TopDownConfig, r=8)
 _output = partial(TopDownConfig, feedback_to_output=True)
-_second_pass = partial(
-    TopDownConfig, r=1, trainable_parts=["pass2"], pass2_target_modules="all-linear", pass2_r=8, pass2_lora_alpha=16
-)
+_second_pass = partial(TopDownConfig, r=1, trainable_parts=["pass2"], pass2_target_modules="all-linear")
+_pass2_lora = {"pass2_r": 8, "pass2_lora_alpha": 16}
+_pass2_lora_biases = _pass2_lora | {"pass2_bias": "all"}
 METHODS = {
     "linear": Method(1e-2, None),
     "full": Method(5e-5, 1.6e-4),
@@ -56,10 +56,13 @@ METHODS = {
     "lora": Method(2e-3, 5e-3, partial(_lora, target_modules=QUERIES_AND_VALUES)),
     "lora-mlp": Method(None, 1.5e-3, partial(_lora, target_modules=MLP)),
     "lora-all-linear": Method(2e-3, 1.5e-3, _lora_all_linear),
+    "lora-all-linear-biases": Method(2e-3, None, partial(_lora_all_linear, bias="all")),
     "lora-all-linear-replay": Method(None, 1.5e-3, _lora_all_linear, replay=0.5),
     "oft": Method(None, 1.5e-3, _oft),
-    "pass2-lora": Method(2e-3, 1.5e-3, _second_pass),
-    "pass2-lora-gated": Method(None, 1.5e-3, partial(_second_pass, gate="sequence")),
+    "pass2-lora": Method(2e-3, 1.5e-3, partial(_second_pass, **_pass2_lora)),
+    "pass2-lora-gated": Method(None, 1.5e-3, partial(_second_pass, gate="sequence", **_pass2_lora)),
+    "pass2-biases": Method(3e-3, None, partial(_second_pass, pass2_r=0, pass2_bias="all")),
+    "pass2-lora-biases": Method(2e-3, None, partial(_second_pass, **_pass2_lora_biases)),
     "toast": Method(2e-4, 3e-3, TopDownConfig),
     "toast-initialized": Method(2e-4, 3e-3, TopDownConfig),
     "toast-output-initialized": Method(None, 3e-3, _output),
@@ -69,6 +72,9 @@ METHODS = {
     "toast-late": Method(2e-4, 3e-3, partial(TopDownConfig, feedback_to=0.5)),
     "toast-lite": Method(1e-3, 1e-2, _lite),
     "toast-lite-initialized": Method(1e-3, 1e-2, _lite),
+    "toast-lite-pass2-lora-biases": Method(
+        1e-3, None, partial(_lite, pass2_target_modules="all-linear", **_pass2_lora_biases)
+    ),
     "toast-lite-transform-8": Method(1e-3, 1e-2, partial(_lite, transform_r=8)),
     "toast-lite-early": Method(1e-3, 1e-2, partial(_lite, feedback_from=0.5)),
     "toast-lite-late": Method(1e-3, 1e-2, partial(_lite, feedback_to=0.5)),

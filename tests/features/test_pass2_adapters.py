@@ -99,6 +99,17 @@ def test_copies_and_saved_adapters(tmp_path: Path) -> None:
     assert "pass2_r=3" in (tmp_path / "README.md").read_text()
 
 
+def test_biases_alone_are_saved(tmp_path: Path) -> None:
+    model = steered(tiny_model(tf.LlamaForCausalLM), **LORA | {"pass2_r": 0})
+    add_noise(*(p for name, p in model.named_parameters() if "pass2" in name))
+    model.save_pretrained(tmp_path)
+    assert {name for name in parts_in(tmp_path) if "pass2" in name} == {"pass2_bias"}
+    loaded = PeftModel.from_pretrained(tiny_model(tf.LlamaForCausalLM), tmp_path).eval()
+    assert torch.equal(output_of(loaded), output_of(model))
+    loaded.delete_adapter("default")
+    assert not any("pass2" in name for name, _ in loaded.named_parameters())
+
+
 def test_description_of_an_adapter_that_does_nothing(tmp_path: Path) -> None:
     model = adapted(tiny_model(tf.LlamaForCausalLM), **ONLY)
     for does_something in (False, True):

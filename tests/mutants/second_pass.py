@@ -9,14 +9,14 @@ OUTPUT = "features/test_output_feedback.py -k "
 OF_THE_SECOND_PASS = [
     Mutant(
         "LoRA of pass 2: not under the gate",
-        "return added if gate is None else gate_of_input(gate, x) * added",
+        "return added if gate is None else gate_of_input(gate, x).to(added.dtype) * added",
         "return added",
         f"{LORA}'closed_gate_gives and ViT and full'",
     ),
     Mutant(
         "LoRA of pass 2: without its scale",
-        "a, b, self.topdown_scaling[adapter_name])\n        if adapter_name in self.topdown_pass2_bias",
-        "a, b, 1.0)\n        if adapter_name in self.topdown_pass2_bias",
+        "a, b, self.topdown_scaling[adapter_name])\n\n\ndef gate_of_input",
+        "a, b, 1.0)\n\n\ndef gate_of_input",
         f"{LORA}'that_of_the_formula and ViT and full-None'",
     ),
     Mutant(

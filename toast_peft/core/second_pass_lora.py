@@ -42,7 +42,7 @@ class Bias(nn.Module):
 
 
 class SecondPassLora(TopDownLayer):
-    """What one linear layer adds to its output in pass 2, `(alpha / r) B A x + b`; zero at the start.
+    """What one linear layer adds to its output in pass 2, `(alpha / r) B A x + b`, one or both; zero at the start.
 
     Args:
         target: the linear layer, which stays as it is, be it quantised or wrapped by another method.
@@ -63,26 +63,27 @@ class SecondPassLora(TopDownLayer):
         self.topdown_scaling: dict[str, float] = {}
 
     def update_layer(self, adapter_name: str, config: TopDownConfig) -> None:
-        """Create the factors of an adapter, and its bias."""
-        r = config.pass2_r
-        self.topdown_pass2_A[adapter_name] = nn.Linear(self.in_features, r, bias=False)
-        self.topdown_pass2_B[adapter_name] = nn.Linear(r, self.out_features, bias=False)
+        """Create the factors of an adapter if they have a rank, and its bias."""
+        if r := config.pass2_r:
+            self.topdown_pass2_A[adapter_name] = nn.Linear(self.in_features, r, bias=False)
+            self.topdown_pass2_B[adapter_name] = nn.Linear(r, self.out_features, bias=False)
+            self.topdown_dropout[adapter_name] = nn.Dropout(config.pass2_lora_dropout)
+            self.topdown_scaling[adapter_name] = config.pass2_lora_alpha / r
         if config.pass2_bias == "all":
             self.topdown_pass2_bias[adapter_name] = Bias(self.out_features)
-        self.topdown_dropout[adapter_name] = nn.Dropout(config.pass2_lora_dropout)
-        self.topdown_scaling[adapter_name] = config.pass2_lora_alpha / r
         self.reset_parameters(adapter_name)
         self._finish_update(adapter_name, config)
 
     def has(self, adapter_name: str) -> bool:
         """Whether an adapter adds something here."""
-        return adapter_name in self.topdown_pass2_A
+        return adapter_name in self.topdown_pass2_A or adapter_name in self.topdown_pass2_bias
 
     @torch.no_grad()
     def reset_parameters(self, adapter_name: str) -> None:
         """Start as an exact no-op, as LoRA does."""
-        nn.init.kaiming_uniform_(weight_of(self.topdown_pass2_A[adapter_name]), a=math.sqrt(5))
-        nn.init.zeros_(weight_of(self.topdown_pass2_B[adapter_name]))
+        if adapter_name in self.topdown_pass2_A:
+            nn.init.kaiming_uniform_(weight_of(self.topdown_pass2_A[adapter_name]), a=math.sqrt(5))
+            nn.init.zeros_(weight_of(self.topdown_pass2_B[adapter_name]))
         if adapter_name in self.topdown_pass2_bias:
             nn.init.zeros_(weight_of(self.topdown_pass2_bias[adapter_name]))
 
@@ -106,14 +107,21 @@ class SecondPassLora(TopDownLayer):
         Returns:
             Shape: [b, n, out], or [b * n, out]
         """
-        a, b = self.topdown_pass2_A[adapter_name], self.topdown_pass2_B[adapter_name]
-        x = self._cast_input_dtype(to_device_of(self, x), weight_of(a).dtype)
-        dropout = cast(nn.Dropout, self.topdown_dropout[adapter_name])
-        added = low_rank(dropout(x) if dropout.p > 0 else x, a, b, self.topdown_scaling[adapter_name])
+        x = to_device_of(self, x)
+        added = self._product(x, adapter_name) if adapter_name in self.topdown_pass2_A else None
         if adapter_name in self.topdown_pass2_bias:
-            added = added + weight_of(self.topdown_pass2_bias[adapter_name])
+            bias = weight_of(self.topdown_pass2_bias[adapter_name])
+            added = bias.expand(*x.shape[:-1], -1) if added is None else added + bias
+        assert added is not None  # or the adapter has nothing here, see `has`
         added = added if scale == 1 else scale * added
-        return added if gate is None else gate_of_input(gate, x) * added
+        return added if gate is None else gate_of_input(gate, x).to(added.dtype) * added
+
+    def _product(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        """`(alpha / r) B A x`. Shape: [..., in] -> [..., out]"""
+        a, b = self.topdown_pass2_A[adapter_name], self.topdown_pass2_B[adapter_name]
+        x = self._cast_input_dtype(x, weight_of(a).dtype)
+        dropout = cast(nn.Dropout, self.topdown_dropout[adapter_name])
+        return low_rank(dropout(x) if dropout.p > 0 else x, a, b, self.topdown_scaling[adapter_name])
 
 
 def gate_of_input(gate: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -137,7 +145,7 @@ def gate_of_input(gate: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
             f"of shape {list(gate.shape[:-1])}, so it is not known which value of it counts where. Leave this module "
             "out, or the gate."
         )
-    return gate.to(device=x.device, dtype=x.dtype)
+    return gate.to(x.device)
 
 
 def in_rows(x: torch.Tensor, rows: Rows) -> torch.Tensor:
