@@ -122,7 +122,8 @@ def first_tensor(output: Any) -> torch.Tensor:
 def loss_of(model: Callable, inputs: Inputs | None = None) -> torch.Tensor:
     """A smooth loss that every output element has a part in."""
     output = first_tensor(model(**inputs_of(model) if inputs is None else inputs))
-    return (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().tanh() + output.square().mean()
+    weights = torch.linspace(-1, 1, output.numel(), device=output.device).view_as(output)
+    return (output * weights).sum().tanh() + output.square().mean()
 
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:

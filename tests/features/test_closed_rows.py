@@ -33,7 +33,7 @@ def open_only(model: nn.Module, is_open: list[bool]) -> Iterator[None]:
     factors = torch.tensor(is_open, dtype=torch.float32)
 
     def close(module: nn.Module, args: tuple, mask: torch.Tensor) -> torch.Tensor:
-        return mask * factors.to(mask.dtype).view(-1, *[1] * (mask.dim() - 1))
+        return mask * factors.to(mask).view(-1, *[1] * (mask.dim() - 1))
 
     handles = [path.selection.topdown_prompt["default"].register_forward_hook(close) for path in paths_of(model)]
     try:

@@ -55,7 +55,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def inputs_in_float64(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: x.double() if x.is_floating_point() else x for name, x in inputs_of(model).items()}
+    """On its device."""
+    inputs = {name: x.double() if x.is_floating_point() else x for name, x in inputs_of(model).items()}
+    return {name: x.to(model.device) for name, x in inputs.items()}
 
 
 def exact(model_class: type, **options: Any) -> PeftModel:

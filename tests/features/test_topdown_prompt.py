@@ -58,7 +58,7 @@ def prompts_near_features(model: PeftModel, inputs: dict[str, Any]) -> torch.Ten
         output_of(model, inputs)
     generator = torch.Generator().manual_seed(5)
     noise = torch.randn(compared[0].shape[::2], generator=generator, dtype=compared[0].dtype)
-    return compared[0][:, 0] + noise * compared[0].std()
+    return compared[0][:, 0] + noise.to(compared[0]) * compared[0].std()
 
 
 # -------------------------------------------------------------------------------------------------------- the formula
