@@ -377,8 +377,13 @@ def test_explanation_is_that_on_the_cpu(model_class: type, device: str) -> None:
     for one, other in zip(arrays_of(found), arrays_of(expected), strict=True):
         assert type(one) is np.ndarray and one.dtype == np.float32
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-4 * np.abs(other).max())
-    found.plot().canvas.draw()
     assert "<html" in found.to_html()
+
+
+@pytest.mark.parametrize("model_class", VIT_AND_LLAMA)
+def test_explanation_is_drawn(model_class: type, device: str) -> None:
+    model = gated(model_class).to(device)
+    explain(model, without_cache(model)).plot().canvas.draw()
 
 
 def arrays_of(explanation: Any) -> list[np.ndarray]:
