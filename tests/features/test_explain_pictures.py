@@ -18,6 +18,7 @@ from toast_peft.explanation.text_pictures import places, readable
 
 from ..helpers import steered
 from ..zoo import inputs_of, tiny_model
+from .test_gate import gated, inputs_for
 
 NASTY = '</script><script>alert("$x$ & <b>")</script>\n'
 
@@ -85,6 +86,20 @@ def test_figure_of_rollout_and_of_another_query(of_images: Explanation) -> None:
     np.testing.assert_allclose(first.ravel(), attention_rollout(of_images.first.attentions)[1, 0, 1:])
     [_, first, *_] = heats(of_images.plot([1], query=3))
     np.testing.assert_allclose(first.ravel(), of_images.first.attentions[-1][1, :, 3, 1:].mean(0))
+
+
+@pytest.mark.parametrize("gate, num_maps", [("sequence", 4), ("token", 5)])
+def test_gate_of_patches_is_a_map_and_that_of_an_image_a_line(gate: str, num_maps: int) -> None:
+    model = gated(tf.ViTForImageClassification, gate)
+    found = explain(model, inputs_for(model))
+    figure = found.plot()
+    maps = heats(figure)
+    assert len(maps) == 2 * num_maps
+    assert f"gate: {found.gate[1].mean():.0%} open" in "".join(axis.get_xlabel() for axis in figure.axes)
+    if gate == "token":
+        np.testing.assert_array_equal(maps[0], found.gate[0, 1:].reshape(2, 2))
+    gates = [row["gate"]["values"] for row in data_of(found)["rows"]]
+    np.testing.assert_allclose(np.array(gates) / 1e4, found.gate[:, 1:], atol=6e-5)
 
 
 def test_figure_of_texts_has_tokens_and_predictions(of_texts: Explanation) -> None:

@@ -66,6 +66,7 @@ def _row(explanation: "Explanation", row: int, all_queries: bool, is_by_head: bo
         "image": None if explanation.images is None else _png(explanation.images[row]),
         "size": None if explanation.images is None else explanation.images.shape[2:0:-1],
         "tokens": names or [str(token) for token in tokens],
+        "gate": None if explanation.gate is None else _map(explanation, explanation.gate[row], tokens),
         "mask": _map(explanation, explanation.mask[row], tokens),
         "norms": {index: _map(explanation, norm[row], tokens) for index, norm in explanation.feedback_norm.items()},
         "attention": _attention(explanation, row, tokens, all_queries, is_by_head),

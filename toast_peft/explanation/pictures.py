@@ -46,9 +46,9 @@ def draw_images(
     rows: list[int],
     view: View,
 ) -> Figure:
-    """One row for each image: input, mask, and attention or norm of the feedback. Arguments as `Explanation.plot`."""
+    """One row for each image: input, gate, mask, attention or norm of the feedback. Arguments as `plot`."""
     assert explanation.images is not None
-    columns = [_mask_column(explanation, rows)]
+    columns = [*_gate_columns(explanation, rows), _mask_column(explanation, rows)]
     if explanation.first.attentions is None:
         columns.append(_norm_column(explanation, rows, view))
     else:
@@ -64,6 +64,14 @@ def draw_images(
         axis.set_title(title, fontsize=10)
     _draw_scales(figure, lines, axes, columns)
     return figure
+
+
+def _gate_columns(explanation: "Explanation", rows: list[int]) -> list[Column]:
+    """The gate, if it is not the same for all patches of an image, which is a line of text."""
+    if explanation.gate is None:
+        return []
+    maps = as_map(explanation, explanation.gate)
+    return [Column("gate", maps, "a factor of the mask", 1.0)] if np.ptp(maps[rows], axis=(1, 2)).any() else []
 
 
 def _mask_column(explanation: "Explanation", rows: list[int]) -> Column:
