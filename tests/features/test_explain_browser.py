@@ -55,6 +55,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "image": lambda: steered(tiny_model(tf.ViTForImageClassification)),
         "text": lambda: steered(tiny_model(tf.LlamaForCausalLM)),
         "map": lambda: steered(tiny_model(tf.ConvNextForImageClassification)),
+        "windows": lambda: steered(tiny_model(tf.SwinForImageClassification)),
         "gated image": lambda: gated(tf.ViTForImageClassification),
         "gated patches": lambda: gated(tf.ViTForImageClassification, "token"),
         "gated text": lambda: gated(tf.LlamaForCausalLM, "token"),
@@ -226,6 +227,29 @@ def test_stages_of_a_convnet_by_click(page: Any) -> None:
     before = pixels(page, "norm")
     choose(page, "blockChoice", 0)
     assert pixels(page, "norm") != before
+
+
+@pytest.mark.parametrize("page", ["windows"], indirect=True)
+def test_blocks_of_stages_have_their_own_maps_and_heads(page: Any) -> None:
+    def heads() -> list[str]:
+        labels = page.find_elements(By.CSS_SELECTOR, "#headChoice label")
+        return [label.text for label in labels if label.is_displayed()]
+
+    assert [label.text for label in page.find_elements(By.CSS_SELECTOR, "#blockChoice label")] == ["0", "1", "2", "3"]
+    assert heads() == ["mean", "0", "1", "2", "3"]
+    choose(page, "headChoice", 4)
+    choose(page, "blockChoice", 1)
+    assert heads() == ["mean", "0", "1"] and chosen(page, "headChoice") == 0
+    choose(page, "headChoice", 2)
+    canvas = page.find_element(By.ID, "attention")
+    page.execute_script("arguments[0].focus()", canvas)
+    page.switch_to.active_element.send_keys(Keys.ARROW_DOWN * 20, Keys.ARROW_RIGHT * 20)
+    first, second = (row(page)["attention"][index][1][2][0][-1] / 1e4 for index in range(2))
+    assert readout(page).startswith(
+        f"Patch in row 15, column 15: attention in pass 1 {number(first)} · in pass 2 {number(second)} · change "
+    )
+    page.execute_script("arguments[0].focus()", page.find_element(By.ID, "mask"))
+    assert readout(page) == f"Patch in row 0, column 0: mask {number(row(page)['mask']['values'][0] / 1e4)}"
 
 
 @pytest.mark.parametrize("page", ["image"], indirect=True)

@@ -200,9 +200,18 @@ def test_long_texts_have_less_in_their_page(of_texts: Explanation, monkeypatch: 
         assert np.shape(data_of(of_texts)["rows"][0]["attention"][0][0])[:2] == shape
 
 
-@pytest.mark.parametrize(
-    "model_class", [tf.ConvNextForImageClassification, tf.SwinForImageClassification, tf.Wav2Vec2ForCTC]
-)
+def test_page_of_windows_has_the_maps_of_each_block() -> None:
+    found = explained(tf.SwinForImageClassification)
+    row = data_of(found)["rows"][1]
+    assert row["grids"] == [[16, 16], [16, 16], [8, 8], [8, 8]] and row["grids"][3] == row["norms"]["3"]["grid"]
+    for index, of_pass in enumerate((found.first, found.second)):
+        for block, maps in zip(row["attention"][index], of_pass.received, strict=True):
+            expected = maps[1].reshape(len(maps[1]), -1)
+            np.testing.assert_allclose(np.array(block)[1:, 0] / 1e4, expected, atol=6e-5)
+            np.testing.assert_allclose(np.array(block)[0, 0] / 1e4, expected.mean(0), atol=6e-5)
+
+
+@pytest.mark.parametrize("model_class", [tf.ConvNextForImageClassification, tf.Wav2Vec2ForCTC])
 def test_models_without_attentions_have_mask_and_norms(model_class: type) -> None:
     found = explained(model_class)
     row = data_of(found)["rows"][0]

@@ -24,6 +24,7 @@ from ..core.layers import FeedbackPath, feedback_path_of
 from ..families.convnets import ConvNetFeedbackPath
 from .explanation import NUM_PREDICTIONS, Explanation, Pass
 from .grids import images_of, patch_grid
+from .received import recorded_attention
 from .swap import swapped_features
 
 
@@ -99,6 +100,7 @@ class _Forward:
     def __init__(self, backbone: nn.Module, path: FeedbackPath, has_feedback: bool) -> None:
         self.backbone, self.path, self.has_feedback = backbone, path, has_feedback
         self.attentions: tuple[torch.Tensor, ...] = ()
+        self.received: dict[int, torch.Tensor] = {}
         self.logits: torch.Tensor | None = None
 
     def run(self, model: nn.Module, inputs: Mapping[str, Any]) -> "_Forward":
@@ -106,6 +108,7 @@ class _Forward:
             hooks.enter_context(self.backbone.register_forward_pre_hook(self._ask, with_kwargs=True))
             hooks.enter_context(self.backbone.register_forward_hook(self._see_output))
             hooks.enter_context(self.path.register_forward_hook(self._see_feedback, with_kwargs=True))
+            self.received = hooks.enter_context(recorded_attention(self.path))
             self.logits = getattr(model(**inputs), "logits", None)
         return self
 
@@ -147,7 +150,8 @@ class _Forward:
         b, *sizes = self.mask.shape
         are_whole = all(torch.is_tensor(a) and a.shape == (b, a.shape[1], *sizes, *sizes) for a in self.attentions)
         attentions = tuple(map(to_numpy, self.attentions)) if self.attentions and are_whole else None
-        return Pass(None if self.logits is None else to_numpy(self.logits), attentions)
+        received = tuple(to_numpy(self.received[index]) for index in sorted(self.received)) or None
+        return Pass(None if self.logits is None else to_numpy(self.logits), attentions, received)
 
 
 def _not_fused(path: FeedbackPath, args: tuple, kwargs: dict[str, Any]) -> dict[int, torch.Tensor]:

@@ -31,10 +31,14 @@ class Pass(NamedTuple):
         logits: `None` if the model has none. Shape: [b, c]; of language models [b, n, c]
         attentions: for each block, from the first on; `None` for ConvNets, hierarchical transformers, and where the
             model does not return them. Shape of each: [b, heads, n, n], queries before keys
+        received: of hierarchical transformers, for each block the attention that each place of its map receives from
+            the queries of its window, without windows from all, on average; `None` for others. In SegFormer and PVT
+            the places are the patches that keys are made of. Shape of each: [b, heads, h, w], with the block's size
     """
 
     logits: np.ndarray | None
     attentions: tuple[np.ndarray, ...] | None
+    received: tuple[np.ndarray, ...] | None
 
 
 class Prediction(NamedTuple):
@@ -124,10 +128,11 @@ class Explanation:
             block: whose attention; -1 is the last. Without attentions, whose norm of the feedback.
             head: of the block, `None` for the mean.
             query: the token whose attention is shown; `None` for the class token or the mean over all patches, and in
-                a text for the last token.
+                a text for the last token. Hierarchical transformers have the mean only.
             sinks: "clip" ends the scale of colours at the 95 % quantile, so that a few tokens with most of the
                 attention do not hide the others; "keep" at the largest value. No value is changed.
-            rollout: show the rollout of all blocks up to this one (https://arxiv.org/abs/2005.00928).
+            rollout: show the rollout of all blocks up to this one (https://arxiv.org/abs/2005.00928). It needs
+                attention between all tokens.
 
         Returns:
             A figure, for `savefig`; a notebook shows it.
@@ -144,8 +149,8 @@ class Explanation:
                 "`to_html()`, which needs nothing."
             ) from error
         chosen = list(range(len(self.mask))) if rows is None else list(rows)
-        self._check(chosen, query)
         view = View(block, head, query, sinks, rollout)
+        self._check(chosen, view)
         if self.images is not None:
             from .pictures import draw_images
 
@@ -154,11 +159,16 @@ class Explanation:
 
         return draw_texts(self, chosen, view)
 
-    def _check(self, rows: list[int], query: int | None) -> None:
-        b, n = len(self.mask), self.mask.shape[1]
+    def _check(self, rows: list[int], view: View) -> None:
+        b, n, query = len(self.mask), self.mask.shape[1], view.query
         wrong = [row for row in rows if not -b <= row < b]
         if wrong or not rows:
             raise ValueError(f"`rows={rows}`, but the batch has the rows 0 to {b - 1}; take some of them.")
+        if self.mask.ndim == 3 and (query is not None or view.rollout):
+            raise ValueError(
+                f"`query={query}` and `rollout={view.rollout}`, but this model has no attention between all tokens of "
+                "its map; leave both out."
+            )
         if query is not None and not -n <= query < n:
             raise ValueError(f"`query={query}`, but there are {n} tokens; take one from 0 on.")
         if self.images is None and self.mask.ndim == 3:

@@ -6,7 +6,7 @@ Notation used for tensor shapes:
     - h, w: rows and columns of a map
 """
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from matplotlib.cm import ScalarMappable
@@ -17,7 +17,7 @@ from .attention import CLIPPED_AT, View, of_class_token, scale_limit
 from .grids import on_grid
 
 if TYPE_CHECKING:
-    from .explanation import Explanation
+    from .explanation import Explanation, Pass
 
 HEAT, CHANGE = "inferno", "RdBu_r"
 _OPACITY = 0.7
@@ -49,7 +49,7 @@ def draw_images(
     """One row for each image: input, gate, mask, attention or norm of the feedback. Arguments as `plot`."""
     assert explanation.images is not None
     columns = [*_gate_columns(explanation, rows), _mask_column(explanation, rows)]
-    if explanation.first.attentions is None:
+    if explanation.first.attentions is None and explanation.first.received is None:
         columns.append(_norm_column(explanation, rows, view))
     else:
         columns += _attention_columns(explanation, rows, view)
@@ -94,7 +94,7 @@ def _attention_columns(
     view: View,
 ) -> list[Column]:
     first, second = (
-        as_map(explanation, _attention_of(explanation, of_pass.attentions, view))
+        as_map(explanation, _attention_of(explanation, of_pass, view))
         for of_pass in (explanation.first, explanation.second)
     )
     limit = scale_limit(np.stack([first[rows], second[rows]]), view.sinks)
@@ -106,10 +106,12 @@ def _attention_columns(
     ]
 
 
-def _attention_of(explanation: "Explanation", attentions: Any, view: View) -> np.ndarray:
-    """What one query attends to. Shape: [b, n]"""
-    assert explanation.grid is not None
-    matrix = view.matrix(attentions)
+def _attention_of(explanation: "Explanation", of_pass: "Pass", view: View) -> np.ndarray:
+    """What one query attends to, or the places of a map receive. Shape: [b, n] or [b, h, w]"""
+    if of_pass.received is not None:
+        return view.of_block(of_pass.received)
+    assert explanation.grid is not None and of_pass.attentions is not None
+    matrix = view.matrix(of_pass.attentions)
     rows, columns = explanation.grid
     return of_class_token(matrix, rows * columns) if view.query is None else matrix[:, view.query]
 
