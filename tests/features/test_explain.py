@@ -351,8 +351,15 @@ def test_vision_tower_of_llava_and_not_of_qwen() -> None:
     )
     found = explain(llava, inputs_of(llava))
     assert found.grid == (2, 2) and found.tokens is None and found.first.attentions[0].shape == (1, 4, 5, 5)
-    with pytest.raises(NotImplementedError, match="one sequence without a batch"):
+    with pytest.raises(
+        NotImplementedError, match="one sequence without a batch.*Put the adapter on the language model"
+    ):
         explain(qwen, inputs_of(qwen))
+    language_model = steered(tiny_model(tf.Qwen2_5_VLForConditionalGeneration))
+    found = explain(language_model, inputs_of(language_model))
+    n = inputs_of(language_model)["input_ids"].shape[1]
+    assert found.mask.shape[1] == n and found.images is None and len(found.tokens[0]) == n
+    assert found.second.attentions[-1].shape[2:] == (n, n)
 
 
 def test_quantized_base_model(tmp_path: Path) -> None:

@@ -131,7 +131,8 @@ class _Forward:
         if mask.dim() < 3:
             raise NotImplementedError(
                 f"The tokens of all images come in one sequence without a batch, {list(mask.shape[:-1])}, as in the "
-                "vision towers of Qwen-VL; `explain` expects [batch, tokens]. Explain the language model instead."
+                "vision towers of Qwen-VL, which order them by windows and return no attention; `explain` expected "
+                "[batch, tokens]. Put the adapter on the language model to explain that."
             )
         self.mask, self.features = to_numpy(mask.squeeze(-1)), to_numpy(args[0])
         gate = path.state.current.gate
