@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers as tf
@@ -13,7 +14,7 @@ import transformers as tf
 from toast_peft import explain
 
 from ..helpers import steered
-from ..zoo import tiny_model
+from ..zoo import images, tiny_model
 from .test_explain_pictures import Tokenizer
 from .test_gate import gated, inputs_for
 
@@ -64,7 +65,9 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         torch.manual_seed(0)
         model = make()
         explain(model, inputs_for(model), Tokenizer()).save(folder / f"{name}.html")
-    return {name: folder / f"{name}.html" for name in makers}
+    model, uneven = makers["image"](), images(10, 10) | {"interpolate_pos_encoding": True}
+    explain(model, uneven).save(folder / "uneven.html")
+    return {path.stem: path for path in folder.iterdir()}
 
 
 @pytest.fixture
@@ -145,6 +148,20 @@ def test_values_under_the_mouse_and_under_the_keys(page: Any) -> None:
     page.switch_to.active_element.send_keys(Keys.ARROW_DOWN, Keys.ARROW_LEFT)
     assert readout(page).startswith("Patch in row 1, column 0: mask")
     assert page.execute_script("return getComputedStyle(arguments[0]).outlineStyle", canvas) == "solid"
+
+
+@pytest.mark.parametrize("page", ["uneven"], indirect=True)
+def test_patch_under_the_mouse_where_the_last_pixels_are_of_none(page: Any) -> None:
+    """Two patches of four pixels in ten: the second one begins at 40 %, and behind 80 % there is the image alone."""
+    canvas = page.find_element(By.ID, "mask")
+    width = canvas.size["width"]
+    for part, column in ((0.35, 0), (0.45, 1), (0.95, 1)):
+        ActionChains(page).move_to_element_with_offset(canvas, round((part - 0.5) * width), 0).perform()
+        assert readout(page).startswith(f"Patch in row 1, column {column}: ")
+    script = "return [...arguments[0].getContext('2d').getImageData(0, 5, 480, 1).data]"
+    line = np.array(page.execute_script(script, canvas)).reshape(480, 4)
+    is_grey = line[:, :3].max(1) == line[:, :3].min(1)  # where nothing is drawn on the image
+    np.testing.assert_array_equal(is_grey, np.arange(480) >= 0.8 * 480)
 
 
 @pytest.mark.parametrize("page", ["text"], indirect=True)

@@ -17,7 +17,7 @@ from toast_peft.explanation.page import MOST_NUMBERS
 from toast_peft.explanation.text_pictures import places, readable
 
 from ..helpers import steered
-from ..zoo import inputs_of, tiny_model
+from ..zoo import images, inputs_of, tiny_model
 from .test_gate import gated, inputs_for
 
 NASTY = '</script><script>alert("$x$ & <b>")</script>\n'
@@ -203,12 +203,25 @@ def test_long_texts_have_less_in_their_page(of_texts: Explanation, monkeypatch: 
 def test_page_of_windows_has_the_maps_of_each_block() -> None:
     found = explained(tf.SwinForImageClassification)
     row = data_of(found)["rows"][1]
-    assert row["grids"] == [[16, 16], [16, 16], [8, 8], [8, 8]] and row["grids"][3] == row["norms"]["3"]["grid"]
+    assert [of_block["grid"] for of_block in row["maps"]] == [[16, 16], [16, 16], [8, 8], [8, 8]]
     for index, of_pass in enumerate((found.first, found.second)):
         for block, maps in zip(row["attention"][index], of_pass.received, strict=True):
             expected = maps[1].reshape(len(maps[1]), -1)
             np.testing.assert_allclose(np.array(block)[1:, 0] / 1e4, expected, atol=6e-5)
             np.testing.assert_allclose(np.array(block)[0, 0] / 1e4, expected.mean(0), atol=6e-5)
+
+
+def test_maps_lie_on_the_pixels_that_they_are_made_of() -> None:
+    """34 x 46 pixels are 17 x 23 patches, which the second stage fills up to 18 x 24 and merges."""
+    inputs = images(34, 46) | {"interpolate_pos_encoding": True}
+    found = explain(steered(tiny_model(tf.SwinForImageClassification), inputs), inputs)
+    figure = found.plot([0], block=0)
+    mask, attention, *_ = [axis for axis in figure.axes if len(axis.images) == 2]
+    assert mask.images[1].get_extent() == [0, 48, 36, 0] and attention.images[1].get_extent() == [0, 46, 34, 0]
+    assert mask.get_xlim() == (0, 46) and mask.get_ylim() == (34, 0)
+    row = data_of(found)["rows"][0]
+    np.testing.assert_allclose(row["mask"]["cover"], [36 / 34, 48 / 46], atol=1e-5)
+    assert [of_block["cover"] for of_block in row["maps"][:2]] == [[1, 1], [1, 1]]
 
 
 @pytest.mark.parametrize("model_class", [tf.ConvNextForImageClassification, tf.Wav2Vec2ForCTC])

@@ -23,7 +23,7 @@ from ..core.dropout import in_evaluation_mode
 from ..core.layers import FeedbackPath, feedback_path_of
 from ..families.convnets import ConvNetFeedbackPath
 from .explanation import NUM_PREDICTIONS, Explanation, Pass
-from .grids import images_of, patch_grid
+from .grids import images_of, patch_grid, patch_size_of
 from .received import recorded_attention
 from .swap import swapped_features
 
@@ -273,18 +273,19 @@ def _picture(
 ) -> dict[str, Any]:
     """The images and the grid of their patches, if the tokens are those of images."""
     pixels = inputs.get("pixel_values")
-    nothing = {"images": None, "grid": None}
+    nothing = {"images": None, "grid": None, "patch_size": None}
     if not isinstance(pixels, torch.Tensor) or pixels.dim() != 4 or len(pixels) != len(mask):
         return nothing
     if mask.ndim == 2:
         height, width = pixels.shape[-2:]
-        grid = patch_grid(getattr(backbone, "config", None), (height, width), mask.shape[1])
+        config = getattr(backbone, "config", None)
+        grid, patch_size = patch_grid(config, (height, width), mask.shape[1]), patch_size_of(config)
     else:
-        grid = (mask.shape[1], mask.shape[2])
+        grid, patch_size = (mask.shape[1], mask.shape[2]), None
     if grid is None:
         return nothing
     processor = getattr(processor_or_tokenizer, "image_processor", processor_or_tokenizer)
-    return {"images": images_of(to_numpy(pixels), processor), "grid": grid}
+    return {"images": images_of(to_numpy(pixels), processor), "grid": grid, "patch_size": patch_size}
 
 
 def _labels(model: nn.Module, logits: list[np.ndarray], processor_or_tokenizer: Any) -> dict[int, str]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from .attention import Sinks, View
+from .grids import covered
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -70,6 +71,7 @@ class Explanation:
         is_padding: whether a token is padding, which pictures leave out. Shape: as the mask
         images: from 0 to 1, `None` if there are none. Shape: [b, height, width, 3]
         grid: rows and columns of the patches. They are the last tokens; before them are the class token and others.
+        patch_size: height and width of a patch in pixels; `None` for the maps of stages, and without images.
         has_logits_of_tokens: whether the logits are one for each of these tokens, as in a language model.
         labels: names of the classes by their index; of a vocabulary those that are among the most probable.
     """
@@ -85,8 +87,19 @@ class Explanation:
     is_padding: np.ndarray
     images: np.ndarray | None
     grid: tuple[int, int] | None
+    patch_size: tuple[int, int] | None
     has_logits_of_tokens: bool
     labels: dict[int, str]
+
+    def extent(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """Height and width in pixels of what a map of this many rows and columns covers of the images.
+
+        Raises:
+            ValueError: if there are no images.
+        """
+        if self.images is None:
+            raise ValueError("There are no images; expected an explanation of a model that gets `pixel_values`.")
+        return covered(self.patch_size, self.images.shape[1:3], grid)
 
     def predictions(self, row: int = 0, token: int = -1) -> list[Prediction]:
         """The classes that are most probable in pass 1 or pass 2, by their probability in pass 2.

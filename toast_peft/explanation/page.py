@@ -71,7 +71,9 @@ def _row(explanation: "Explanation", row: int, all_queries: bool, is_by_head: bo
         "mask": _map(explanation, explanation.mask[row], tokens),
         "norms": {index: _map(explanation, norm[row], tokens) for index, norm in explanation.feedback_norm.items()},
         "attention": _attention(explanation, row, tokens, all_queries, is_by_head),
-        "grids": [list(_coarse(maps[row, 0]).shape) for maps in explanation.first.received or ()],
+        "maps": [
+            _map(explanation, maps[row, 0], tokens) | {"values": []} for maps in explanation.first.received or ()
+        ],
         "predictions": _predictions(explanation, row, tokens),
     }
 
@@ -82,13 +84,26 @@ def _map(explanation: "Explanation", values: np.ndarray, tokens: np.ndarray) -> 
         values = values[tokens]
         if explanation.grid is not None:
             values = on_grid(values, explanation.grid)
-    values = _coarse(values) if values.ndim == 2 else values
-    return {"grid": list(values.shape) if values.ndim == 2 else None, "values": _numbers(values)}
+    if values.ndim == 1:
+        return {"values": _numbers(values)}
+    coarse = _coarse(values)
+    if explanation.images is None:
+        return {"values": _numbers(coarse)}
+    # Which part of the image the map covers, and with it what the last row and column that are kept stand for.
+    places = np.array(coarse.shape) * _step(values)
+    parts = np.array(explanation.extent(values.shape)) / explanation.images.shape[1:3]
+    cover = (parts * places / values.shape).round(5).tolist()
+    return {"grid": list(coarse.shape), "cover": cover, "values": _numbers(coarse)}
+
+
+def _step(values: np.ndarray) -> int:
+    """One row and column of so many are kept of a map. Shape: [h, w]"""
+    return max(1, -(-max(values.shape) // 64))
 
 
 def _coarse(values: np.ndarray) -> np.ndarray:
     """A map of an image's size is more than a screen shows. Shape: [h, w]"""
-    step = max(1, -(-max(values.shape) // 64))
+    step = _step(values)
     return values[::step, ::step]
 
 

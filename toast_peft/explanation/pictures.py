@@ -136,8 +136,9 @@ def _draw_row(axes: np.ndarray, explanation: "Explanation", row: int, columns: l
         # Where nothing changes the image is seen.
         opacity = np.clip(np.abs(values) / column.limit, 0, 0.9) if column.is_change else _OPACITY
         over = {"vmin": low, "vmax": column.limit, "cmap": colours, "alpha": opacity}
-        # The edges of the map are those of the image, also where the last pixels are of no patch.
-        axis.imshow(values, extent=(0, width, height, 0), interpolation="nearest", **over)
+        # Beyond the image there may be padding, and its last pixels may be of no patch.
+        bottom, right = explanation.extent(values.shape)
+        axis.imshow(values, extent=(0, right, bottom, 0), interpolation="nearest", **over)
     for axis in axes:
         axis.set(xticks=[], yticks=[], xlim=(0, width), ylim=(height, 0))
 
