@@ -14,7 +14,7 @@ from toast_peft import explain
 from toast_peft.explanation.received import received_in_windows
 
 from ..helpers import assert_same, paths_of, steered
-from ..zoo import HIERARCHIES, PYRAMID, RANGES, SWIN, images, tiny_model
+from ..zoo import HIERARCHIES, NUM_BLOCKS, PYRAMID, RANGES, SWIN, images, tiny_model
 
 SIZES = [(32, 32), (36, 44)]  # of which the second one fills up the windows, in height and in width
 WINDOWS = [tf.SwinForImageClassification, tf.Swinv2ForImageClassification]
@@ -105,6 +105,15 @@ def test_patches_of_keys_receive_the_mean_of_all_queries(model_class: type, size
     maps = [norm.shape[1:] for norm in found.feedback_norm.values()]
     expected = [(height // ratio, width // ratio) for ratio, (height, width) in zip(ratios, maps, strict=True)]
     assert [received.shape[2:] for received in found.second.received] == expected
+
+
+def test_keys_that_are_no_patches_are_not_put_on_the_map() -> None:
+    """Linear attention pools all maps to 7 x 7 keys, and the first stage has 14 x 14 patches of two."""
+    model = tiny_model(tf.PvtV2ForImageClassification, linear_attention=True, sr_ratios=[2, 2, 1])
+    model = steered(model, images(112, 112), feedback_to=NUM_BLOCKS - 1)
+    found = explain(model, images(112, 112))
+    assert found.second.received is None and found.feedback_norm[NUM_BLOCKS - 1].shape == (2, 7, 7)
+    found.plot().canvas.draw()
 
 
 def test_attention_to_one_place_is_where_it_is() -> None:

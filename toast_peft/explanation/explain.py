@@ -151,7 +151,8 @@ class _Forward:
         b, *sizes = self.mask.shape
         are_whole = all(torch.is_tensor(a) and a.shape == (b, a.shape[1], *sizes, *sizes) for a in self.attentions)
         attentions = tuple(map(to_numpy, self.attentions)) if self.attentions and are_whole else None
-        received = tuple(to_numpy(self.received[index]) for index in sorted(self.received)) or None
+        are_all = len(self.received) == len(self.path.passes.block_forwards)
+        received = tuple(to_numpy(self.received[index]) for index in sorted(self.received)) if are_all else None
         return Pass(None if self.logits is None else to_numpy(self.logits), attentions, received)
 
 

@@ -33,8 +33,9 @@ class Pass(NamedTuple):
         attentions: for each block, from the first on; `None` for ConvNets, hierarchical transformers, and where the
             model does not return them. Shape of each: [b, heads, n, n], queries before keys
         received: of hierarchical transformers, for each block the attention that each place of its map receives from
-            the queries of its window, without windows from all, on average; `None` for others. In SegFormer and PVT
-            the places are the patches that keys are made of. Shape of each: [b, heads, h, w], with the block's size
+            the queries of its window, without windows from all, on average. In SegFormer and PVT the places are the
+            patches that keys are made of. `None` for other models, and PVT with linear attention. Shape of each:
+            [b, heads, h, w], with the block's size
     """
 
     logits: np.ndarray | None

@@ -29,8 +29,8 @@ def recorded_attention(path: FeedbackPath) -> Iterator[dict[int, torch.Tensor]]:
     """In it, what the places of a map receive in each block that runs; of one that runs in both passes, in the last.
 
     Yields:
-        By the indices of the blocks; nothing for others than hierarchical transformers. Shape of each:
-        [b, heads, h', w']
+        By the indices of the blocks; nothing for others than hierarchical transformers, and for attention that is not
+        returned or has no key for each patch. Shape of each: [b, heads, h', w']
     """
     received: dict[int, torch.Tensor] = {}
     with ExitStack() as hooks:
@@ -65,12 +65,15 @@ class _Recorder:
         return args, kwargs | asked
 
     def keep(self, attention: nn.Module, args: tuple, output: tuple[Any, ...]) -> None:
+        if len(output) < 2 or output[1] is None:  # it is not eager
+            return
         weights = output[1].detach().float()
         if self.has_windows:
             self.received[self.index] = received_in_windows(self.block, weights, self.size)
-        else:
-            ratio = reduction_ratio(self.block)
-            keys = self.size[0] // ratio, self.size[1] // ratio
+            return
+        ratio = reduction_ratio(self.block)
+        keys = self.size[0] // ratio, self.size[1] // ratio
+        if weights.shape[-1] == keys[0] * keys[1]:  # linear attention of PVT pools to a fixed number
             self.received[self.index] = weights.mean(2).unflatten(-1, keys)
 
 
