@@ -2,12 +2,14 @@
 
 import warnings
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TrackioCallback
 
 from .collecting import device_of_inputs
 from .core.layers import FeedbackPath
@@ -97,12 +99,12 @@ class FeedbackCallback(TrainerCallback):
     It warns, once, when no token is open any more. Nothing is computed in other steps.
 
     With `samples` it also draws what `explain` shows of them, so that one sees the selection form: into the folder
-    `feedback` of the output folder, and to TensorBoard where the trainer reports to it.
+    `feedback` of the output folder, and to TensorBoard and Trackio where the trainer reports to them.
 
     Args:
         trainer: logs it, so that it goes wherever the trainer's logs go.
         samples: inputs of the model, a few rows; `None` for no pictures.
-        picture_steps: a picture before the first step, after each of so many, and at the end.
+        picture_steps: a picture before the first step, after each of so many, and after the last one.
 
     Example:
 
@@ -125,12 +127,6 @@ class FeedbackCallback(TrainerCallback):
         if state.global_step % self.picture_steps == 0:
             self._draw(args, state, model)
 
-    def on_train_end(  # type: ignore[override]  # the trainer always gives `model`
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
-    ) -> None:
-        """Draw what has been learned."""
-        self._draw(args, state, model)
-
     def _draw(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
         if self.samples is None:
             return
@@ -141,10 +137,15 @@ class FeedbackCallback(TrainerCallback):
             return
         figure, folder = explanation.plot(), Path(str(args.output_dir), "feedback")
         folder.mkdir(parents=True, exist_ok=True)
-        figure.savefig(folder / f"step_{state.global_step:06d}.png", dpi=110)
+        file = folder / f"step_{state.global_step:06d}.png"
+        figure.savefig(file, dpi=110)
         for callback in self.trainer.callback_handler.callbacks:
             if getattr(callback, "tb_writer", None) is not None:
                 callback.tb_writer.add_figure("feedback", figure, state.global_step)
+            elif isinstance(callback, TrackioCallback):
+                trackio: Any = import_module("trackio")  # it is there, as the callback is
+                # Without `step`, as the callback logs, which Trackio counts for itself.
+                trackio.log({"feedback": trackio.Image(str(file)), "train/global_step": state.global_step})
 
     def on_log(  # type: ignore[override]  # the trainer always gives `model` and `logs`
         self,
@@ -156,6 +157,8 @@ class FeedbackCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """After the loss of some steps has been logged, and before anything else runs."""
+        if "train_loss" in logs:  # training is over; in `on_train_end` the trainer's reports are closed already
+            self._draw(args, state, model)
         if "loss" not in logs:  # of an evaluation, or what is logged here
             return
         statistics = feedback_statistics(model)

@@ -12,7 +12,7 @@ from torch import nn
 
 from toast_peft import Explanation, TopDownConfig, explain
 from toast_peft.explanation.attention import View, attention_rollout, of_class_token, scale_limit
-from toast_peft.explanation.grids import images_of, on_grid, patch_grid
+from toast_peft.explanation.grids import covered, images_of, on_grid, patch_grid
 
 from ..golden.reference import reference_feedback, reference_forward
 from ..helpers import adapted, assert_same, features_of, output_of, paths_of, state_of, steer, steered
@@ -254,6 +254,44 @@ def test_stages_give_maps(model_class: type) -> None:
         found.plot(block=block).canvas.draw()
 
 
+@pytest.mark.parametrize(
+    "patch, image_size, grid, expected",
+    [
+        ((16, 16), (224, 224), (14, 14), (224, 224)),
+        ((16, 16), (230, 250), (14, 15), (224, 240)),  # the last pixels are of no patch
+        ((16, 8), (32, 32), (2, 4), (32, 32)),
+        (None, (200, 300), (50, 75), (200, 300)),
+        (None, (200, 300), (25, 38), (200, 304)),  # Swin fills up before it makes one place of four
+        (None, (200, 300), (7, 10), (224, 320)),
+        (None, (100, 70), (3, 2), (96, 64)),  # ConvNeXt cuts off
+        (None, (60, 60), (20, 20), (60, 60)),  # three pixels a place: no stage halves to that
+    ],
+)
+def test_what_a_map_covers_of_the_image(patch: Any, image_size: Any, grid: Any, expected: tuple[int, int]) -> None:
+    assert covered(patch, image_size, grid) == expected
+
+
+@pytest.mark.parametrize(
+    "model_class, of_mask, of_norms",
+    [
+        (tf.SwinForImageClassification, 4, [2, 2, 4, 4]),
+        (tf.SegformerForSemanticSegmentation, 16, [4, 8, 8, 16]),
+        (tf.ConvNextForImageClassification, 32, [1, 4, 8, 16]),  # what enters a stage; the first one is the image
+        (tf.ResNetForImageClassification, 32, [1, 4, 8, 16]),
+        (tf.ViTForImageClassification, 4, [4, 4, 4, 4]),
+    ],
+)
+def test_each_place_of_a_map_covers_the_pixels_that_it_is_made_of(
+    model_class: type, of_mask: int, of_norms: list[int]
+) -> None:
+    interpolates = model_class in (tf.SwinForImageClassification, tf.ViTForImageClassification)
+    inputs = images(98, 142) | ({"interpolate_pos_encoding": True} if interpolates else {})
+    found = explain(steered(tiny_model(model_class), inputs), inputs)
+    norms = [norm.shape[1:] if norm.ndim == 3 else found.grid for norm in found.feedback_norm.values()]
+    for size, side in zip([found.grid, *norms], [of_mask, *of_norms], strict=True):
+        assert found.extent(size) == (size[0] * side, size[1] * side)
+
+
 def test_padding_and_names_of_tokens() -> None:
     class Tokenizer:
         def decode(self, ids: list[int]) -> str:
@@ -351,8 +389,15 @@ def test_vision_tower_of_llava_and_not_of_qwen() -> None:
     )
     found = explain(llava, inputs_of(llava))
     assert found.grid == (2, 2) and found.tokens is None and found.first.attentions[0].shape == (1, 4, 5, 5)
-    with pytest.raises(NotImplementedError, match="one sequence without a batch"):
+    with pytest.raises(
+        NotImplementedError, match="one sequence without a batch.*Put the adapter on the language model"
+    ):
         explain(qwen, inputs_of(qwen))
+    language_model = steered(tiny_model(tf.Qwen2_5_VLForConditionalGeneration))
+    found = explain(language_model, inputs_of(language_model))
+    n = inputs_of(language_model)["input_ids"].shape[1]
+    assert found.mask.shape[1] == n and found.images is None and len(found.tokens[0]) == n
+    assert found.second.attentions[-1].shape[2:] == (n, n)
 
 
 def test_quantized_base_model(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers as tf
@@ -13,8 +14,9 @@ import transformers as tf
 from toast_peft import explain
 
 from ..helpers import steered
-from ..zoo import inputs_of, tiny_model
+from ..zoo import images, tiny_model
 from .test_explain_pictures import Tokenizer
+from .test_gate import gated, inputs_for
 
 webdriver = pytest.importorskip("selenium.webdriver")
 from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
@@ -50,16 +52,22 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
-    classes = {
-        "image": tf.ViTForImageClassification,
-        "text": tf.LlamaForCausalLM,
-        "map": tf.ConvNextForImageClassification,
+    makers = {
+        "image": lambda: steered(tiny_model(tf.ViTForImageClassification)),
+        "text": lambda: steered(tiny_model(tf.LlamaForCausalLM)),
+        "map": lambda: steered(tiny_model(tf.ConvNextForImageClassification)),
+        "windows": lambda: steered(tiny_model(tf.SwinForImageClassification)),
+        "gated image": lambda: gated(tf.ViTForImageClassification),
+        "gated patches": lambda: gated(tf.ViTForImageClassification, "token"),
+        "gated text": lambda: gated(tf.LlamaForCausalLM, "token"),
     }
-    for name, model_class in classes.items():
+    for name, make in makers.items():
         torch.manual_seed(0)
-        model = steered(tiny_model(model_class))
-        explain(model, inputs_of(model), Tokenizer()).save(folder / f"{name}.html")
-    return {name: folder / f"{name}.html" for name in classes}
+        model = make()
+        explain(model, inputs_for(model), Tokenizer()).save(folder / f"{name}.html")
+    model, uneven = makers["image"](), images(10, 10) | {"interpolate_pos_encoding": True}
+    explain(model, uneven).save(folder / "uneven.html")
+    return {path.stem: path for path in folder.iterdir()}
 
 
 @pytest.fixture
@@ -142,6 +150,20 @@ def test_values_under_the_mouse_and_under_the_keys(page: Any) -> None:
     assert page.execute_script("return getComputedStyle(arguments[0]).outlineStyle", canvas) == "solid"
 
 
+@pytest.mark.parametrize("page", ["uneven"], indirect=True)
+def test_patch_under_the_mouse_where_the_last_pixels_are_of_none(page: Any) -> None:
+    """Two patches of four pixels in ten: the second one begins at 40 %, and behind 80 % there is the image alone."""
+    canvas = page.find_element(By.ID, "mask")
+    width = canvas.size["width"]
+    for part, column in ((0.35, 0), (0.45, 1), (0.95, 1)):
+        ActionChains(page).move_to_element_with_offset(canvas, round((part - 0.5) * width), 0).perform()
+        assert readout(page).startswith(f"Patch in row 1, column {column}: ")
+    script = "return [...arguments[0].getContext('2d').getImageData(0, 5, 480, 1).data]"
+    line = np.array(page.execute_script(script, canvas)).reshape(480, 4)
+    is_grey = line[:, :3].max(1) == line[:, :3].min(1)  # where nothing is drawn on the image
+    np.testing.assert_array_equal(is_grey, np.arange(480) >= 0.8 * 480)
+
+
 @pytest.mark.parametrize("page", ["text"], indirect=True)
 def test_token_is_chosen_by_click_and_by_keys(page: Any) -> None:
     def headings() -> list[str]:
@@ -166,12 +188,85 @@ def test_token_is_chosen_by_click_and_by_keys(page: Any) -> None:
     assert " to " in readout(page) and "change" in readout(page)
 
 
+def number(value: float) -> str:
+    """A value from 0 to 1, as the page writes it."""
+    return "0" if value == 0 else f"{value:.4f}" if value < 0.01 else f"{value:#.3g}"
+
+
+@pytest.mark.parametrize("page", ["gated text"], indirect=True)
+def test_gate_of_each_token_beside_its_mask(page: Any) -> None:
+    gate, mask = ([value / 1e4 for value in row(page)[name]["values"]] for name in ("gate", "mask"))
+    assert min(gate) == 0 < max(gate)
+    buttons = page.find_elements(By.CSS_SELECTOR, "#gate button")
+    ActionChains(page).move_to_element(buttons[3]).perform()
+    assert f": gate {number(gate[3])} · mask {number(mask[3])} · attention" in readout(page)
+    buttons[3].click()
+    page.switch_to.active_element.send_keys(Keys.ARROW_RIGHT)
+    assert readout(page).startswith("Token 4 ") and f": gate {number(gate[4])} · mask" in readout(page)
+    assert page.execute_script("return document.activeElement.parentElement.id") == "gate"
+
+
+@pytest.mark.parametrize("page", ["gated patches"], indirect=True)
+def test_gate_of_each_patch_is_a_map(page: Any) -> None:
+    gate = [value / 1e4 for value in row(page)["gate"]["values"]]
+    assert len(set(gate)) > 1
+    canvas = page.find_element(By.CSS_SELECTOR, "canvas#gate")
+    ActionChains(page).move_to_element_with_offset(
+        canvas, canvas.size["width"] // 4, -canvas.size["height"] // 4
+    ).perform()
+    assert readout(page).startswith(f"Patch in row 0, column 1: gate {number(gate[1])} · mask ")
+    page.execute_script("arguments[0].focus()", canvas)
+    page.switch_to.active_element.send_keys(Keys.ARROW_DOWN)
+    assert readout(page).startswith(f"Patch in row 1, column 1: gate {number(gate[3])} · mask ")
+
+
+@pytest.mark.parametrize("page", ["gated image"], indirect=True)
+def test_gate_of_an_image_is_one_value(page: Any) -> None:
+    shown = []
+    for index in range(2):
+        choose(page, "rowChoice", index)
+        [value] = set(row(page, index)["gate"]["values"])
+        shown.append(page.find_element(By.ID, "gate").text.split())
+        assert shown[-1] == ["Gate", f"{value / 100:.1f}", "%", "open"]
+        ActionChains(page).move_to_element(page.find_element(By.ID, "mask")).perform()
+        assert f": gate {number(value / 1e4)} · mask" in readout(page)
+    assert shown[0] != shown[1]
+
+
+@pytest.mark.parametrize("page", ["text", "image", "map"], indirect=True)
+def test_no_gate_is_shown_where_there_is_none(page: Any) -> None:
+    assert not page.find_elements(By.ID, "gate")
+
+
 @pytest.mark.parametrize("page", ["map"], indirect=True)
 def test_stages_of_a_convnet_by_click(page: Any) -> None:
     assert not page.find_element(By.ID, "sliderBox").is_displayed()
     before = pixels(page, "norm")
     choose(page, "blockChoice", 0)
     assert pixels(page, "norm") != before
+
+
+@pytest.mark.parametrize("page", ["windows"], indirect=True)
+def test_blocks_of_stages_have_their_own_maps_and_heads(page: Any) -> None:
+    def heads() -> list[str]:
+        labels = page.find_elements(By.CSS_SELECTOR, "#headChoice label")
+        return [label.text for label in labels if label.is_displayed()]
+
+    assert [label.text for label in page.find_elements(By.CSS_SELECTOR, "#blockChoice label")] == ["0", "1", "2", "3"]
+    assert heads() == ["mean", "0", "1", "2", "3"]
+    choose(page, "headChoice", 4)
+    choose(page, "blockChoice", 1)
+    assert heads() == ["mean", "0", "1"] and chosen(page, "headChoice") == 0
+    choose(page, "headChoice", 2)
+    canvas = page.find_element(By.ID, "attention")
+    page.execute_script("arguments[0].focus()", canvas)
+    page.switch_to.active_element.send_keys(Keys.ARROW_DOWN * 20, Keys.ARROW_RIGHT * 20)
+    first, second = (row(page)["attention"][index][1][2][0][-1] / 1e4 for index in range(2))
+    assert readout(page).startswith(
+        f"Patch in row 15, column 15: attention in pass 1 {number(first)} · in pass 2 {number(second)} · change "
+    )
+    page.execute_script("arguments[0].focus()", page.find_element(By.ID, "mask"))
+    assert readout(page) == f"Patch in row 0, column 0: mask {number(row(page)['mask']['values'][0] / 1e4)}"
 
 
 @pytest.mark.parametrize("page", ["image"], indirect=True)
@@ -200,11 +295,17 @@ def test_all_controls_have_names_and_can_be_reached_by_tab(page: Any) -> None:
     assert expected <= reached
 
 
-@pytest.mark.parametrize("page", ["text"], indirect=True)
+@pytest.mark.parametrize("page", ["gated text"], indirect=True)
 def test_dark_and_light(page: Any) -> None:
+    gate = row(page)["gate"]["values"]
     backgrounds = []
-    for scheme in ("dark", "light"):
+    for scheme, colour in (("dark", "240, 130, 30"), ("light", "226, 108, 10")):
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
         backgrounds.append(page.execute_script("return getComputedStyle(document.body).backgroundColor"))
+        colours = page.execute_script(
+            "draw(); return [...document.querySelectorAll('#gate button')].map(e => e.style.background)"
+        )
+        assert [one.startswith(f"rgba({colour}, ") for one in colours] == [True] * len(gate)
+        assert [one.endswith(", 0)") for one in colours] == [value == 0 for value in gate]
     assert backgrounds == ["rgb(18, 22, 28)", "rgb(255, 255, 255)"]

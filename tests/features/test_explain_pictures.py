@@ -17,7 +17,8 @@ from toast_peft.explanation.page import MOST_NUMBERS
 from toast_peft.explanation.text_pictures import places, readable
 
 from ..helpers import steered
-from ..zoo import inputs_of, tiny_model
+from ..zoo import images, inputs_of, tiny_model
+from .test_gate import gated, inputs_for
 
 NASTY = '</script><script>alert("$x$ & <b>")</script>\n'
 
@@ -85,6 +86,20 @@ def test_figure_of_rollout_and_of_another_query(of_images: Explanation) -> None:
     np.testing.assert_allclose(first.ravel(), attention_rollout(of_images.first.attentions)[1, 0, 1:])
     [_, first, *_] = heats(of_images.plot([1], query=3))
     np.testing.assert_allclose(first.ravel(), of_images.first.attentions[-1][1, :, 3, 1:].mean(0))
+
+
+@pytest.mark.parametrize("gate, num_maps", [("sequence", 4), ("token", 5)])
+def test_gate_of_patches_is_a_map_and_that_of_an_image_a_line(gate: str, num_maps: int) -> None:
+    model = gated(tf.ViTForImageClassification, gate)
+    found = explain(model, inputs_for(model))
+    figure = found.plot()
+    maps = heats(figure)
+    assert len(maps) == 2 * num_maps
+    assert f"gate: {found.gate[1].mean():.0%} open" in "".join(axis.get_xlabel() for axis in figure.axes)
+    if gate == "token":
+        np.testing.assert_array_equal(maps[0], found.gate[0, 1:].reshape(2, 2))
+    gates = [row["gate"]["values"] for row in data_of(found)["rows"]]
+    np.testing.assert_allclose(np.array(gates) / 1e4, found.gate[:, 1:], atol=6e-5)
 
 
 def test_figure_of_texts_has_tokens_and_predictions(of_texts: Explanation) -> None:
@@ -185,9 +200,31 @@ def test_long_texts_have_less_in_their_page(of_texts: Explanation, monkeypatch: 
         assert np.shape(data_of(of_texts)["rows"][0]["attention"][0][0])[:2] == shape
 
 
-@pytest.mark.parametrize(
-    "model_class", [tf.ConvNextForImageClassification, tf.SwinForImageClassification, tf.Wav2Vec2ForCTC]
-)
+def test_page_of_windows_has_the_maps_of_each_block() -> None:
+    found = explained(tf.SwinForImageClassification)
+    row = data_of(found)["rows"][1]
+    assert [of_block["grid"] for of_block in row["maps"]] == [[16, 16], [16, 16], [8, 8], [8, 8]]
+    for index, of_pass in enumerate((found.first, found.second)):
+        for block, maps in zip(row["attention"][index], of_pass.received, strict=True):
+            expected = maps[1].reshape(len(maps[1]), -1)
+            np.testing.assert_allclose(np.array(block)[1:, 0] / 1e4, expected, atol=6e-5)
+            np.testing.assert_allclose(np.array(block)[0, 0] / 1e4, expected.mean(0), atol=6e-5)
+
+
+def test_maps_lie_on_the_pixels_that_they_are_made_of() -> None:
+    """34 x 46 pixels are 17 x 23 patches, which the second stage fills up to 18 x 24 and merges."""
+    inputs = images(34, 46) | {"interpolate_pos_encoding": True}
+    found = explain(steered(tiny_model(tf.SwinForImageClassification), inputs), inputs)
+    figure = found.plot([0], block=0)
+    mask, attention, *_ = [axis for axis in figure.axes if len(axis.images) == 2]
+    assert mask.images[1].get_extent() == [0, 48, 36, 0] and attention.images[1].get_extent() == [0, 46, 34, 0]
+    assert mask.get_xlim() == (0, 46) and mask.get_ylim() == (34, 0)
+    row = data_of(found)["rows"][0]
+    np.testing.assert_allclose(row["mask"]["cover"], [36 / 34, 48 / 46], atol=1e-5)
+    assert [of_block["cover"] for of_block in row["maps"][:2]] == [[1, 1], [1, 1]]
+
+
+@pytest.mark.parametrize("model_class", [tf.ConvNextForImageClassification, tf.Wav2Vec2ForCTC])
 def test_models_without_attentions_have_mask_and_norms(model_class: type) -> None:
     found = explained(model_class)
     row = data_of(found)["rows"][0]

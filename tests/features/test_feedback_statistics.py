@@ -2,10 +2,14 @@
 
 import copy
 import pickle
+import sys
 import threading
 import warnings
 from collections.abc import Callable
+from contextvars import ContextVar
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -224,11 +228,14 @@ def test_callback_warns_once_when_no_token_is_open(tmp_path: Path) -> None:
 
 
 class Writer(tf.TrainerCallback):
-    """Stands for transformers' TensorBoardCallback."""
+    """Stands for transformers' TensorBoardCallback, which closes before other callbacks see the end of training."""
 
     def __init__(self) -> None:
-        self.tb_writer = self
+        self.tb_writer: Writer | None = self
         self.figures: list[tuple[str, int]] = []
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self.tb_writer = None
 
     def add_figure(self, name: str, figure: Any, step: int) -> None:
         self.figures.append((name, step))
@@ -242,9 +249,9 @@ def test_pictures_are_drawn_beside_the_same_training(model_class: type, tmp_path
         model = new_model(model_class)
         trainer = trainer_for(model, tmp_path, max_steps=5, logging_steps=1, eval_strategy="no", save_strategy="no")
         samples = inputs_of(model, batch_size=2) if draws else None
-        trainer.add_callback(FeedbackCallback(trainer, samples, picture_steps=2))
         writer = Writer()
         trainer.add_callback(writer)
+        trainer.add_callback(FeedbackCallback(trainer, samples, picture_steps=2))
         trainer.train()
         weights.append(dict(model.named_parameters()))
         histories.append(
@@ -256,3 +263,53 @@ def test_pictures_are_drawn_beside_the_same_training(model_class: type, tmp_path
     names = sorted(path.name for path in (tmp_path / "feedback").iterdir())
     assert names == [f"step_00000{step}.png" for step in (0, 2, 4, 5)]
     assert all((tmp_path / "feedback" / name).read_bytes().startswith(b"\x89PNG") for name in names)
+
+
+class Trackio(ModuleType):
+    """The interface of trackio 0.43 that transformers and the pictures use."""
+
+    def __init__(self) -> None:
+        super().__init__("trackio")
+        self.__spec__ = ModuleSpec("trackio", None)
+        self.__version__ = "0.43.0"
+        self.context_vars = SimpleNamespace(current_space_id=ContextVar("space", default=None))
+        self.config = self.Config()
+        self.is_running = False
+        self.logged: list[dict[str, Any]] = []
+
+    def init(self, project: str, name: str | None = None, **options: Any) -> None:
+        self.is_running = True
+
+    def finish(self) -> None:
+        self.is_running = False
+
+    def log(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        if not self.is_running:
+            raise RuntimeError("Call trackio.init() before trackio.log().")
+        self.logged.append(metrics)
+
+    class Config(dict):
+        def update(self, values: dict[str, Any], allow_val_change: bool = False) -> None:
+            super().update(values)
+
+    class Image:
+        def __init__(self, value: str, caption: str | None = None) -> None:
+            self.content = Path(value).read_bytes()
+
+
+def test_pictures_go_to_trackio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trackio = Trackio()
+    monkeypatch.setitem(sys.modules, "trackio", trackio)
+    model = new_model(tf.ViTForImageClassification)
+    trainer = trainer_for(
+        model, tmp_path, report_to="trackio", max_steps=3, logging_steps=1, eval_strategy="no", save_strategy="no"
+    )
+    trainer.add_callback(FeedbackCallback(trainer, inputs_of(model, batch_size=2), picture_steps=2))
+    trainer.train()
+    pictures = [metrics for metrics in trackio.logged if "feedback" in metrics]
+    assert [metrics["train/global_step"] for metrics in pictures] == [0, 2, 3]
+    for metrics in pictures:
+        file = tmp_path / "feedback" / f"step_{metrics['train/global_step']:06d}.png"
+        assert metrics["feedback"].content == file.read_bytes()
+    assert any("train/feedback_open_tokens" in metrics for metrics in trackio.logged)
+    assert not trackio.is_running

@@ -69,21 +69,38 @@ class View(NamedTuple):
         Raises:
             ValueError: if there is no such block or head, or a head of a rollout was asked for.
         """
-        block, head, count = self.block, self.head, len(attentions)
-        if not -count <= block < count:
-            raise ValueError(f"`block={block}`, but there are {count} blocks; take one from 0 on, or -1.")
-        if self.rollout and head is not None:
+        if not self.rollout:
+            return self.of_block(attentions)
+        if self.head is not None:
             raise ValueError(
-                f"`head={head}` and `rollout=True`: a rollout is of the mean of all heads; leave out one."
+                f"`head={self.head}` and `rollout=True`: a rollout is of the mean of all heads; leave out one."
             )
-        if self.rollout:
-            return attention_rollout(attentions[: block % count + 1])
-        of_heads = attentions[block]
+        return attention_rollout(attentions[: self._index(len(attentions)) + 1])
+
+    def of_block(self, attentions: Sequence[np.ndarray]) -> np.ndarray:
+        """That of the block, of one head or the mean of all.
+
+        Args:
+            attentions: of each block. Shape of each: [b, heads, ...]
+
+        Returns:
+            Shape: [b, ...]
+
+        Raises:
+            ValueError: if there is no such block or head.
+        """
+        block, head = self.block, self.head
+        of_heads = attentions[self._index(len(attentions))]
         if head is None:
             return of_heads.mean(1)
         if not 0 <= head < of_heads.shape[1]:
             raise ValueError(f"`head={head}`, but block {block} has {of_heads.shape[1]} heads; take one from 0 on.")
         return of_heads[:, head]
+
+    def _index(self, count: int) -> int:
+        if not -count <= self.block < count:
+            raise ValueError(f"`block={self.block}`, but there are {count} blocks; take one from 0 on, or -1.")
+        return self.block % count
 
 
 def of_class_token(matrix: np.ndarray, num_patches: int) -> np.ndarray:

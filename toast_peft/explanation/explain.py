@@ -23,7 +23,8 @@ from ..core.dropout import in_evaluation_mode
 from ..core.layers import FeedbackPath, feedback_path_of
 from ..families.convnets import ConvNetFeedbackPath
 from .explanation import NUM_PREDICTIONS, Explanation, Pass
-from .grids import images_of, patch_grid
+from .grids import images_of, patch_grid, patch_size_of
+from .received import recorded_attention
 from .swap import swapped_features
 
 
@@ -99,6 +100,7 @@ class _Forward:
     def __init__(self, backbone: nn.Module, path: FeedbackPath, has_feedback: bool) -> None:
         self.backbone, self.path, self.has_feedback = backbone, path, has_feedback
         self.attentions: tuple[torch.Tensor, ...] = ()
+        self.received: dict[int, torch.Tensor] = {}
         self.logits: torch.Tensor | None = None
 
     def run(self, model: nn.Module, inputs: Mapping[str, Any]) -> "_Forward":
@@ -106,6 +108,7 @@ class _Forward:
             hooks.enter_context(self.backbone.register_forward_pre_hook(self._ask, with_kwargs=True))
             hooks.enter_context(self.backbone.register_forward_hook(self._see_output))
             hooks.enter_context(self.path.register_forward_hook(self._see_feedback, with_kwargs=True))
+            self.received = hooks.enter_context(recorded_attention(self.path))
             self.logits = getattr(model(**inputs), "logits", None)
         return self
 
@@ -128,7 +131,8 @@ class _Forward:
         if mask.dim() < 3:
             raise NotImplementedError(
                 f"The tokens of all images come in one sequence without a batch, {list(mask.shape[:-1])}, as in the "
-                "vision towers of Qwen-VL; `explain` expects [batch, tokens]. Explain the language model instead."
+                "vision towers of Qwen-VL, which order them by windows and return no attention; `explain` expected "
+                "[batch, tokens]. Put the adapter on the language model to explain that."
             )
         self.mask, self.features = to_numpy(mask.squeeze(-1)), to_numpy(args[0])
         gate = path.state.current.gate
@@ -147,7 +151,9 @@ class _Forward:
         b, *sizes = self.mask.shape
         are_whole = all(torch.is_tensor(a) and a.shape == (b, a.shape[1], *sizes, *sizes) for a in self.attentions)
         attentions = tuple(map(to_numpy, self.attentions)) if self.attentions and are_whole else None
-        return Pass(None if self.logits is None else to_numpy(self.logits), attentions)
+        are_all = len(self.received) == len(self.path.passes.block_forwards)
+        received = tuple(to_numpy(self.received[index]) for index in sorted(self.received)) if are_all else None
+        return Pass(None if self.logits is None else to_numpy(self.logits), attentions, received)
 
 
 def _not_fused(path: FeedbackPath, args: tuple, kwargs: dict[str, Any]) -> dict[int, torch.Tensor]:
@@ -268,18 +274,19 @@ def _picture(
 ) -> dict[str, Any]:
     """The images and the grid of their patches, if the tokens are those of images."""
     pixels = inputs.get("pixel_values")
-    nothing = {"images": None, "grid": None}
+    nothing = {"images": None, "grid": None, "patch_size": None}
     if not isinstance(pixels, torch.Tensor) or pixels.dim() != 4 or len(pixels) != len(mask):
         return nothing
     if mask.ndim == 2:
         height, width = pixels.shape[-2:]
-        grid = patch_grid(getattr(backbone, "config", None), (height, width), mask.shape[1])
+        config = getattr(backbone, "config", None)
+        grid, patch_size = patch_grid(config, (height, width), mask.shape[1]), patch_size_of(config)
     else:
-        grid = (mask.shape[1], mask.shape[2])
+        grid, patch_size = (mask.shape[1], mask.shape[2]), None
     if grid is None:
         return nothing
     processor = getattr(processor_or_tokenizer, "image_processor", processor_or_tokenizer)
-    return {"images": images_of(to_numpy(pixels), processor), "grid": grid}
+    return {"images": images_of(to_numpy(pixels), processor), "grid": grid, "patch_size": patch_size}
 
 
 def _labels(model: nn.Module, logits: list[np.ndarray], processor_or_tokenizer: Any) -> dict[int, str]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from .attention import Sinks, View
+from .grids import covered
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,10 +32,15 @@ class Pass(NamedTuple):
         logits: `None` if the model has none. Shape: [b, c]; of language models [b, n, c]
         attentions: for each block, from the first on; `None` for ConvNets, hierarchical transformers, and where the
             model does not return them. Shape of each: [b, heads, n, n], queries before keys
+        received: of hierarchical transformers, for each block the attention that each place of its map receives from
+            the queries of its window, without windows from all, on average. In SegFormer and PVT the places are the
+            patches that keys are made of. `None` for other models, and PVT with linear attention. Shape of each:
+            [b, heads, h, w], with the block's size
     """
 
     logits: np.ndarray | None
     attentions: tuple[np.ndarray, ...] | None
+    received: tuple[np.ndarray, ...] | None
 
 
 class Prediction(NamedTuple):
@@ -66,6 +72,7 @@ class Explanation:
         is_padding: whether a token is padding, which pictures leave out. Shape: as the mask
         images: from 0 to 1, `None` if there are none. Shape: [b, height, width, 3]
         grid: rows and columns of the patches. They are the last tokens; before them are the class token and others.
+        patch_size: height and width of a patch in pixels; `None` for the maps of stages, and without images.
         has_logits_of_tokens: whether the logits are one for each of these tokens, as in a language model.
         labels: names of the classes by their index; of a vocabulary those that are among the most probable.
     """
@@ -81,8 +88,19 @@ class Explanation:
     is_padding: np.ndarray
     images: np.ndarray | None
     grid: tuple[int, int] | None
+    patch_size: tuple[int, int] | None
     has_logits_of_tokens: bool
     labels: dict[int, str]
+
+    def extent(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """Height and width in pixels of what a map of this many rows and columns covers of the images.
+
+        Raises:
+            ValueError: if there are no images.
+        """
+        if self.images is None:
+            raise ValueError("There are no images; expected an explanation of a model that gets `pixel_values`.")
+        return covered(self.patch_size, self.images.shape[1:3], grid)
 
     def predictions(self, row: int = 0, token: int = -1) -> list[Prediction]:
         """The classes that are most probable in pass 1 or pass 2, by their probability in pass 2.
@@ -124,10 +142,11 @@ class Explanation:
             block: whose attention; -1 is the last. Without attentions, whose norm of the feedback.
             head: of the block, `None` for the mean.
             query: the token whose attention is shown; `None` for the class token or the mean over all patches, and in
-                a text for the last token.
+                a text for the last token. Hierarchical transformers have the mean only.
             sinks: "clip" ends the scale of colours at the 95 % quantile, so that a few tokens with most of the
                 attention do not hide the others; "keep" at the largest value. No value is changed.
-            rollout: show the rollout of all blocks up to this one (https://arxiv.org/abs/2005.00928).
+            rollout: show the rollout of all blocks up to this one (https://arxiv.org/abs/2005.00928). It needs
+                attention between all tokens.
 
         Returns:
             A figure, for `savefig`; a notebook shows it.
@@ -144,8 +163,8 @@ class Explanation:
                 "`to_html()`, which needs nothing."
             ) from error
         chosen = list(range(len(self.mask))) if rows is None else list(rows)
-        self._check(chosen, query)
         view = View(block, head, query, sinks, rollout)
+        self._check(chosen, view)
         if self.images is not None:
             from .pictures import draw_images
 
@@ -154,11 +173,16 @@ class Explanation:
 
         return draw_texts(self, chosen, view)
 
-    def _check(self, rows: list[int], query: int | None) -> None:
-        b, n = len(self.mask), self.mask.shape[1]
+    def _check(self, rows: list[int], view: View) -> None:
+        b, n, query = len(self.mask), self.mask.shape[1], view.query
         wrong = [row for row in rows if not -b <= row < b]
         if wrong or not rows:
             raise ValueError(f"`rows={rows}`, but the batch has the rows 0 to {b - 1}; take some of them.")
+        if self.mask.ndim == 3 and (query is not None or view.rollout):
+            raise ValueError(
+                f"`query={query}` and `rollout={view.rollout}`, but this model has no attention between all tokens of "
+                "its map; leave both out."
+            )
         if query is not None and not -n <= query < n:
             raise ValueError(f"`query={query}`, but there are {n} tokens; take one from 0 on.")
         if self.images is None and self.mask.ndim == 3:

@@ -3,7 +3,7 @@
 Notation used for tensor shapes:
     - b: batch size
     - n: number of tokens
-    - h, w: rows and columns of patches
+    - h, w: rows and columns of patches, or of the map of a stage
 """
 
 from typing import Any
@@ -24,15 +24,40 @@ def patch_grid(config: Any, image_size: tuple[int, int], num_tokens: int) -> Gri
     Returns:
         The grid; `None` if the tokens are something else than these and the patches.
     """
-    size = getattr(config, "patch_size", None)
-    if not isinstance(size, (int, list, tuple)):
-        return None
-    patch = (size, size) if isinstance(size, int) else tuple(size)
-    if len(patch) != 2:
+    patch = patch_size_of(config)
+    if patch is None:
         return None
     rows, columns = image_size[0] // patch[0], image_size[1] // patch[1]
     most = 2 + (getattr(config, "num_register_tokens", 0) or 0)
     return (rows, columns) if rows * columns > 0 and 0 <= num_tokens - rows * columns <= most else None
+
+
+def patch_size_of(config: Any) -> Grid | None:
+    """Height and width of a patch in pixels, if the config has them."""
+    size = getattr(config, "patch_size", None)
+    if isinstance(size, int):
+        return size, size
+    return (size[0], size[1]) if isinstance(size, (list, tuple)) and len(size) == 2 else None
+
+
+def covered(patch: Grid | None, image_size: Grid, grid: Grid) -> Grid:
+    """Height and width in pixels of what a map covers of an image.
+
+    It may be less, where the last pixels are of no whole patch, or more, where the last row or column is padding.
+
+    Args:
+        patch: the size of a patch, `None` for the map of a stage: stages halve height and width, so one place of it
+            covers a power of two of pixels. If that is not so, the map is as large as the image.
+        image_size: height and width in pixels.
+        grid: h and w.
+    """
+    if patch is None:
+        ratios = [pixels / places for pixels, places in zip(image_size, grid, strict=True)]
+        side = 2 ** round(np.log2(ratios).mean())
+        patch = (side, side)
+    size = grid[0] * patch[0], grid[1] * patch[1]
+    fits = all(abs(one - pixels) < side for one, pixels, side in zip(size, image_size, patch, strict=True))
+    return size if fits else image_size
 
 
 def on_grid(values: np.ndarray, grid: Grid) -> np.ndarray:

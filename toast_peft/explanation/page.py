@@ -31,6 +31,7 @@ def make_page(explanation: "Explanation") -> str:
         "unit": _UNIT,
         "quantile": CLIPPED_AT,
         "isImage": explanation.images is not None,
+        "isReceived": explanation.first.received is not None,
         "hasHeads": is_by_head,
         "rows": [_row(explanation, row, kept, is_by_head) for row in range(len(explanation.mask))],
     }
@@ -44,7 +45,7 @@ def _kept_queries(explanation: "Explanation") -> tuple[bool, bool]:
     """Whether a text has all queries in its page, and not only their mean, and whether attention is by head."""
     attentions = explanation.first.attentions
     if attentions is None:
-        return False, False
+        return False, explanation.first.received is not None
     numbers = 2 * sum(attention.size for attention in attentions)
     heads = attentions[0].shape[1]
     if explanation.images is not None:
@@ -66,9 +67,13 @@ def _row(explanation: "Explanation", row: int, all_queries: bool, is_by_head: bo
         "image": None if explanation.images is None else _png(explanation.images[row]),
         "size": None if explanation.images is None else explanation.images.shape[2:0:-1],
         "tokens": names or [str(token) for token in tokens],
+        "gate": None if explanation.gate is None else _map(explanation, explanation.gate[row], tokens),
         "mask": _map(explanation, explanation.mask[row], tokens),
         "norms": {index: _map(explanation, norm[row], tokens) for index, norm in explanation.feedback_norm.items()},
         "attention": _attention(explanation, row, tokens, all_queries, is_by_head),
+        "maps": [
+            _map(explanation, maps[row, 0], tokens) | {"values": []} for maps in explanation.first.received or ()
+        ],
         "predictions": _predictions(explanation, row, tokens),
     }
 
@@ -79,18 +84,42 @@ def _map(explanation: "Explanation", values: np.ndarray, tokens: np.ndarray) -> 
         values = values[tokens]
         if explanation.grid is not None:
             values = on_grid(values, explanation.grid)
-    # A map of an image's size is more than a screen shows.
-    step = max(1, -(-max(values.shape) // 64)) if values.ndim == 2 else 1
-    values = values[::step, ::step] if step > 1 else values
-    return {"grid": list(values.shape) if values.ndim == 2 else None, "values": _numbers(values)}
+    if values.ndim == 1:
+        return {"values": _numbers(values)}
+    coarse = _coarse(values)
+    if explanation.images is None:
+        return {"values": _numbers(coarse)}
+    # Which part of the image the map covers, and with it what the last row and column that are kept stand for.
+    places = np.array(coarse.shape) * _step(values)
+    parts = np.array(explanation.extent(values.shape)) / explanation.images.shape[1:3]
+    cover = (parts * places / values.shape).round(5).tolist()
+    return {"grid": list(coarse.shape), "cover": cover, "values": _numbers(coarse)}
+
+
+def _step(values: np.ndarray) -> int:
+    """One row and column of so many are kept of a map. Shape: [h, w]"""
+    return max(1, -(-max(values.shape) // 64))
+
+
+def _coarse(values: np.ndarray) -> np.ndarray:
+    """A map of an image's size is more than a screen shows. Shape: [h, w]"""
+    step = _step(values)
+    return values[::step, ::step]
 
 
 def _attention(
     explanation: "Explanation", row: int, tokens: np.ndarray, all_queries: bool, is_by_head: bool
 ) -> list[Any]:
-    """For both passes, each block and each head rows of attention; the mean head comes first, the rollout last."""
+    """For both passes, each block and each head rows of attention; the mean head comes first, the rollout last.
+
+    What the places of a map receive is one row, and has no rollout.
+    """
     passes = []
     for of_pass in (explanation.first, explanation.second):
+        if of_pass.received is not None:
+            of_blocks = [maps[row] for maps in of_pass.received]
+            passes.append([[[_numbers(_coarse(of_head))] for of_head in (maps.mean(0), *maps)] for maps in of_blocks])
+            continue
         if of_pass.attentions is None:
             return []
         blocks = [attention[row] for attention in of_pass.attentions]

@@ -6,7 +6,7 @@ Notation used for tensor shapes:
     - h, w: rows and columns of a map
 """
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from matplotlib.cm import ScalarMappable
@@ -17,7 +17,7 @@ from .attention import CLIPPED_AT, View, of_class_token, scale_limit
 from .grids import on_grid
 
 if TYPE_CHECKING:
-    from .explanation import Explanation
+    from .explanation import Explanation, Pass
 
 HEAT, CHANGE = "inferno", "RdBu_r"
 _OPACITY = 0.7
@@ -46,10 +46,10 @@ def draw_images(
     rows: list[int],
     view: View,
 ) -> Figure:
-    """One row for each image: input, mask, and attention or norm of the feedback. Arguments as `Explanation.plot`."""
+    """One row for each image: input, gate, mask, attention or norm of the feedback. Arguments as `plot`."""
     assert explanation.images is not None
-    columns = [_mask_column(explanation, rows)]
-    if explanation.first.attentions is None:
+    columns = [*_gate_columns(explanation, rows), _mask_column(explanation, rows)]
+    if explanation.first.attentions is None and explanation.first.received is None:
         columns.append(_norm_column(explanation, rows, view))
     else:
         columns += _attention_columns(explanation, rows, view)
@@ -64,6 +64,14 @@ def draw_images(
         axis.set_title(title, fontsize=10)
     _draw_scales(figure, lines, axes, columns)
     return figure
+
+
+def _gate_columns(explanation: "Explanation", rows: list[int]) -> list[Column]:
+    """The gate, if it is not the same for all patches of an image, which is a line of text."""
+    if explanation.gate is None:
+        return []
+    maps = as_map(explanation, explanation.gate)
+    return [Column("gate", maps, "a factor of the mask", 1.0)] if np.ptp(maps[rows], axis=(1, 2)).any() else []
 
 
 def _mask_column(explanation: "Explanation", rows: list[int]) -> Column:
@@ -86,7 +94,7 @@ def _attention_columns(
     view: View,
 ) -> list[Column]:
     first, second = (
-        as_map(explanation, _attention_of(explanation, of_pass.attentions, view))
+        as_map(explanation, _attention_of(explanation, of_pass, view))
         for of_pass in (explanation.first, explanation.second)
     )
     limit = scale_limit(np.stack([first[rows], second[rows]]), view.sinks)
@@ -98,10 +106,12 @@ def _attention_columns(
     ]
 
 
-def _attention_of(explanation: "Explanation", attentions: Any, view: View) -> np.ndarray:
-    """What one query attends to. Shape: [b, n]"""
-    assert explanation.grid is not None
-    matrix = view.matrix(attentions)
+def _attention_of(explanation: "Explanation", of_pass: "Pass", view: View) -> np.ndarray:
+    """What one query attends to, or the places of a map receive. Shape: [b, n] or [b, h, w]"""
+    if of_pass.received is not None:
+        return view.of_block(of_pass.received)
+    assert explanation.grid is not None and of_pass.attentions is not None
+    matrix = view.matrix(of_pass.attentions)
     rows, columns = explanation.grid
     return of_class_token(matrix, rows * columns) if view.query is None else matrix[:, view.query]
 
@@ -126,8 +136,9 @@ def _draw_row(axes: np.ndarray, explanation: "Explanation", row: int, columns: l
         # Where nothing changes the image is seen.
         opacity = np.clip(np.abs(values) / column.limit, 0, 0.9) if column.is_change else _OPACITY
         over = {"vmin": low, "vmax": column.limit, "cmap": colours, "alpha": opacity}
-        # The edges of the map are those of the image, also where the last pixels are of no patch.
-        axis.imshow(values, extent=(0, width, height, 0), interpolation="nearest", **over)
+        # Beyond the image there may be padding, and its last pixels may be of no patch.
+        bottom, right = explanation.extent(values.shape)
+        axis.imshow(values, extent=(0, right, bottom, 0), interpolation="nearest", **over)
     for axis in axes:
         axis.set(xticks=[], yticks=[], xlim=(0, width), ylim=(height, 0))
 

@@ -293,9 +293,7 @@ def shrunk(block: Any, td: torch.Tensor, hidden_states: torch.Tensor) -> torch.T
     Raises:
         NotImplementedError: if there is not one value for each patch.
     """
-    attention = block.attention
-    names = ("sequence_reduction_ratio", "spatial_reduction_ratio")  # of SegFormer and PVT
-    ratio = next(getattr(attention, name) for name in names if hasattr(attention, name))
+    ratio = reduction_ratio(block)
     patches = F.avg_pool2d(td.movedim(-1, 1), ratio).flatten(2).transpose(1, 2)
     if patches.shape[1] != hidden_states.shape[1]:
         raise NotImplementedError(
@@ -305,7 +303,19 @@ def shrunk(block: Any, td: torch.Tensor, hidden_states: torch.Tensor) -> torch.T
     return patches
 
 
+def reduction_ratio(block: Any) -> int:
+    """How many tokens in height and in width one key and value of SegFormer and PVT is made of."""
+    names = ("sequence_reduction_ratio", "spatial_reduction_ratio")
+    return next(getattr(block.attention, name) for name in names if hasattr(block.attention, name))
+
+
 ARRANGEMENTS = {"windows": in_windows, "shrunk": shrunk}
+
+
+def map_size(args: tuple[Any, ...]) -> tuple[int, int]:
+    """Height and width of the map that a block gets, from its arguments after the hidden states."""
+    height, width = args[0] if isinstance(args[0], (tuple, list)) else args[:2]
+    return height, width
 
 
 class HierarchicalBlockForward(BlockForward):
@@ -315,7 +325,7 @@ class HierarchicalBlockForward(BlockForward):
         if self.is_skipped(run):
             is_tuple = isinstance(run.last_output, tuple)  # as the blocks of this model return hidden states
             return (hidden_states, *run.last_output[1:]) if is_tuple else hidden_states
-        run.input_sizes[self.index] = tuple(args[0] if isinstance(args[0], (tuple, list)) else args[:2])
+        run.input_sizes[self.index] = map_size(args)
         return super()._first_pass(run, hidden_states, *args, **kwargs)
 
 
