@@ -30,12 +30,18 @@ def rows_of_arguments(kwargs: dict[str, Any], rows: torch.Tensor, batch_size: in
     """The arguments of a forward for some rows of the batch, `None` if they cannot be cut into rows."""
     cut = {}
     for name, value in kwargs.items():
-        if isinstance(value, torch.Tensor) and value.dim() > 0 and len(value) == batch_size and name in _OF_ROWS:
-            value = rows_of(value, rows, batch_size)
+        axis = _axis_of_rows(name, value)
+        if isinstance(value, torch.Tensor) and value.shape[axis : axis + 1] == (batch_size,) and name in _OF_ROWS:
+            value = value.index_select(axis, rows.to(value.device))
         elif not isinstance(value, (bool, int, float, str, type(None))):
             return None
         cut[name] = value
     return cut
+
+
+def _axis_of_rows(name: str, value: Any) -> int:
+    # Qwen-VL has a position in time, of height and of width for each token. Shape: [3, b, n]
+    return 1 if name == "position_ids" and isinstance(value, torch.Tensor) and value.dim() == 3 else 0
 
 
 def rows_of(value: Any, rows: torch.Tensor, batch_size: int) -> Any:
