@@ -85,8 +85,8 @@ class TopDownConfig(PeftConfig):
             the feedback is zero.
         skip_closed_rows: in inference (under `torch.no_grad()`) run pass 2 only for the rows of a batch of which the
             prompt selects some token. The others get the output of pass 1, and if there is no such row the forward
-            costs what one of the base model does. With a key-value cache pass 2 is left out for the whole batch, until
-            some token of it is selected. Not in a compiled model.
+            costs what one of the base model does. With a key-value cache pass 2 is left out for a row until some token
+            of it is selected, with some kinds of caches for the whole batch until then. Not in a compiled model.
         gate: whether the adapter is closed for inputs that it is not for, so that these get the output of the base
             model, bit for bit. "sequence" looks at a row up to each token (at the whole row in a model whose tokens
             see those after them, and for images), "token" at each token alone. It is open everywhere until

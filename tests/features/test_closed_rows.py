@@ -3,6 +3,7 @@
 `test_shared_cache.py` has what is done with a key-value cache.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -130,6 +131,21 @@ def test_what_cannot_be_cut_into_rows_runs_twice_as_a_whole() -> None:
         with open_only(model, [True, False]):
             outputs.append(output_of(model, inputs))
     assert torch.equal(*outputs)
+
+
+def test_rows_of_positions_with_axes() -> None:
+    """As many rows as axes, of Qwen-VL: [axes, rows, tokens]."""
+    base = tiny_model(tf.Qwen2_5_VLForConditionalGeneration).get_decoder()
+    ids = inputs_of(tiny_model(tf.LlamaForCausalLM), batch_size=3)["input_ids"]
+    of_first_row = torch.stack([step * torch.arange(9) for step in (1, 2, 3)])
+    positions = of_first_row.unsqueeze(1) + torch.arange(3).view(1, 3, 1)
+    inputs = {"input_ids": ids, "position_ids": positions, "use_cache": False}
+    outputs = []
+    for skips in (True, False):
+        model = steered(copy.deepcopy(base).double(), inputs, skip_closed_rows=skips)
+        with open_only(model, [True, False, True]):
+            outputs.append(output_of(model, inputs))
+    torch.testing.assert_close(*outputs, rtol=1e-10, atol=1e-10)
 
 
 def test_training_runs_twice() -> None:

@@ -256,8 +256,8 @@ IN_A_FORWARD = [
     # ------------------------------------------------------------------------------------------- the cache
     Mutant(
         "cache: a layer too few for pass 1",
-        "layers[owner.feedback_to : owner.feedback_from]\n",
-        "layers[owner.feedback_to : owner.feedback_from - 1]\n",
+        "layers[feedback_to:feedback_from]\n",
+        "layers[feedback_to : feedback_from - 1]\n",
         f"{GENERATION}Llama",
     ),
     Mutant(

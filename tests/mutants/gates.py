@@ -47,8 +47,8 @@ OF_A_GATE = [
     ),
     Mutant(
         "gate: sum is lost where the passes part",
-        "before[owner.feedback_to :] + of_loop + of_sums",
-        "before[owner.feedback_to :] + of_loop",
+        "upper + of_loop + passes.sums",
+        "upper + of_loop",
         f"{GATE}'follows_what_is_done'",
     ),
     Mutant(

@@ -9,7 +9,7 @@ blocks below `feedback_to` return what pass 1 computed, which is the same. Pass 
 if there is any, these blocks run again in pass 2.
 
 Where feedback may be left out (`skip_closed_rows`), pass 2 runs for some rows of the batch (`open_rows.py`). With a
-key-value cache that has had no feedback yet, pass 1 runs as the base model does, and pass 2 only if there is feedback.
+key-value cache in which rows have had no feedback yet, pass 1 runs as the base model does, and pass 2 for the others.
 
 What pass 1 computes may also have been stored (`stored_pass.py`). Then it does not run.
 
@@ -149,15 +149,31 @@ class BackboneForward(ReplacedForward):
         return self._of_open_rows(run, kwargs) if skips else self.original(**kwargs)
 
     def _run_with_cache(self, run: Run, kwargs: dict[str, Any], cache: TwoPassCache) -> Any:
-        """While the cache has had no feedback, pass 1 is the forward of the base model, and pass 2 waits for some."""
+        """While a row of the cache has had no feedback, pass 1 is the forward of the base model, with its output."""
         run.complete = skips = cache.is_shared
         output = self._first_pass(run, {**kwargs, **cache.in_first_pass})
         self._begin_second_pass(run, kwargs, skip_closed=skips, running_sums=cache.running_sums)
         if skips:
-            if not run.feedback:
-                return cache.restore(output)
+            output = self._of_open_rows_with_cache(run, kwargs, cache, cache.restore(output))
+            if output is not None:
+                return output
             cache.part()
         return cache.restore(self.original(**{**kwargs, **cache.in_second_pass}))
+
+    def _of_open_rows_with_cache(self, run: Run, kwargs: dict[str, Any], cache: TwoPassCache, output: Any) -> Any:
+        """The output of pass 1 with that of pass 2 for the rows that have had feedback; `None` if all have to run."""
+        is_open = self.state.current.open_rows
+        assert is_open is not None
+        rows, batch_size = cache.rows_with_feedback(is_open), len(is_open)
+        if len(rows) == 0:
+            return output
+        if run.repeat_lower_blocks or not (self._takes_some_rows() and cache.saves_by_rows(len(rows), batch_size)):
+            return None
+        arguments = rows_of_arguments({**kwargs, cache.name: None}, rows, batch_size)
+        if arguments is None or not has_rows(output, batch_size, cache.cache):
+            return None
+        self.state.current.run = run.of_rows(rows, batch_size)
+        return put_rows(output, rows, self.original(**{**arguments, **cache.in_second_pass_of(rows, batch_size)}))
 
     def _begin_second_pass(
         self,

@@ -4,7 +4,8 @@ A `Cache` is a list of layers, one per block. For two passes it gets more of the
 pass 1 for the blocks from `feedback_to` to `feedback_from - 1`. (The blocks below compute the same in both passes and
 those above do not run in pass 1.) Everything that generation does to a cache - reorder, crop, repeat, reset, offload -
 runs over its layers and so serves both passes. Where no row has had feedback yet they may share all layers, and the
-cache is that of the base model (`shared_layers.py`).
+cache is that of the base model (`shared_layers.py`). While some rows have had none, it may be that of the base model
+and one layer more, with what pass 2 has of the others (`cache_of_open_rows.py`).
 
 Sequence gates keep their running sums in layers of their own, behind these (`running_sum.py`).
 
@@ -25,6 +26,7 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.utils import ModelOutput
 
+from .cache_of_open_rows import OpenRows, can_be_taken_apart
 from .running_sum import RunningSum, new_layer
 from .shared_layers import Layer, recall_of
 
@@ -88,13 +90,15 @@ class Passes:
     Args:
         owner: the adapter that the cache is for.
         num_layers: number of layers that the cache has for one pass; the further ones are those of pass 1.
-        first_pass: what pass 1 sees of the cache, `None` as long as both passes share its layers.
+        first_pass: what pass 1 sees of the cache, `None` as long as rows share its layers in both passes.
+        open_rows: until then the layer with what pass 2 has of other rows, `None` if there have been none.
         sums: the layers with the running sums of sequence gates, which are the cache's last.
     """
 
     owner: CacheOwner
     num_layers: int
     first_pass: Cache | None = None
+    open_rows: OpenRows | None = None
     sums: list[Layer] = field(default_factory=list)
 
 
@@ -141,7 +145,7 @@ class TwoPassCache:
         num_blocks: number of blocks of the model.
         owner: the active adapter.
         has_cross_attention: whether the blocks attend to an encoder's states as well.
-        may_share: whether the passes go on sharing the layers of a cache that has had no feedback.
+        may_share: whether the passes go on sharing the layers of rows that have had no feedback.
         num_sums: number of running sums that sequence gates keep in the cache.
 
     Attributes:
@@ -186,18 +190,45 @@ class TwoPassCache:
 
     @property
     def is_shared(self) -> bool:
-        """Whether both passes share the layers of the cache, as there has been no feedback."""
+        """Whether both passes share the layers of the cache for rows that have had no feedback."""
         return self.passes.first_pass is None
 
     def part(self) -> None:
         """Give pass 2 layers of its own: as they were before this forward, in which pass 1 may have extended them."""
-        owner, num_layers, before = self.passes.owner, self.passes.num_layers, self.recall()
-        layers, of_sums = self.own.layers[:num_layers], self.own.layers[num_layers:]
-        of_loop = layers[owner.feedback_to : owner.feedback_from]
-        self.own.layers = layers[: owner.feedback_to] + before[owner.feedback_to :] + of_loop + of_sums
-        self.passes.first_pass = _view(self.own, layers[: owner.feedback_to] + of_loop)
-        self.in_first_pass = {self.name: self._with_cross_attention(self.passes.first_pass)}
-        self._show_second_pass(before)
+        passes, before = self.passes, self.recall()
+        _, _, feedback_from, feedback_to = passes.owner
+        layers, lower, upper = self.own.layers[: passes.num_layers], before[:feedback_to], before[feedback_to:]
+        if passes.open_rows is not None:
+            upper, passes.open_rows = passes.open_rows.with_closed_rows(upper), None
+        of_loop = layers[feedback_to:feedback_from]
+        self.own.layers = layers[:feedback_to] + upper + of_loop + passes.sums
+        passes.first_pass = _view(self.own, layers[:feedback_to] + of_loop)
+        self.in_first_pass = {self.name: self._with_cross_attention(passes.first_pass)}
+        self._show_second_pass(lower + upper)
+
+    def rows_with_feedback(self, is_open: torch.Tensor) -> torch.Tensor:
+        """The rows that have feedback now or have had some before. Shape: [b] -> [number of rows]"""
+        open_rows = self.passes.open_rows
+        return is_open.nonzero().flatten() if open_rows is None else open_rows.joined_by(is_open)
+
+    def saves_by_rows(self, num_open: int, batch_size: int) -> bool:
+        """Whether pass 2 can run for the open rows alone, and this is less work, pass 1 of all blocks included."""
+        owner, num_layers = self.passes.owner, self.passes.num_layers
+        saved = (batch_size - num_open) * (num_layers - owner.feedback_to)
+        # Of a model that leaves early there are fewer layers.
+        more = batch_size * max(num_layers - owner.feedback_from, 0)
+        return saved > more and can_be_taken_apart(self.cache, self.own.layers[:num_layers])
+
+    def in_second_pass_of(self, rows: torch.Tensor, batch_size: int) -> dict[str, Cache]:
+        """The argument with the `Cache` that pass 2 of some rows reads and writes. Shape: [number of rows]"""
+        passes, before = self.passes, self.recall()
+        if passes.open_rows is None:
+            passes.open_rows = OpenRows()
+            self.own.layers.append(passes.open_rows)
+        feedback_to = passes.owner.feedback_to
+        passes.open_rows.admit(rows, batch_size, before[feedback_to:])
+        # Of the blocks below, which do not run, only the length counts.
+        return {self.name: _view(self.own, before[:feedback_to] + passes.open_rows.layers)}
 
     def _show_second_pass(self, layers: list[Layer]) -> None:
         self.second_pass = self._with_cross_attention(_view(self.own, layers))

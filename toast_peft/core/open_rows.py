@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from transformers import Cache
 
 from .active_adapters import ActiveAdapter
 
@@ -30,12 +31,18 @@ def rows_of_arguments(kwargs: dict[str, Any], rows: torch.Tensor, batch_size: in
     """The arguments of a forward for some rows of the batch, `None` if they cannot be cut into rows."""
     cut = {}
     for name, value in kwargs.items():
-        if isinstance(value, torch.Tensor) and value.dim() > 0 and len(value) == batch_size and name in _OF_ROWS:
-            value = rows_of(value, rows, batch_size)
+        axis = _axis_of_rows(name, value)
+        if isinstance(value, torch.Tensor) and value.shape[axis : axis + 1] == (batch_size,) and name in _OF_ROWS:
+            value = value.index_select(axis, rows.to(value.device))
         elif not isinstance(value, (bool, int, float, str, type(None))):
             return None
         cut[name] = value
     return cut
+
+
+def _axis_of_rows(name: str, value: Any) -> int:
+    # Qwen-VL has a position in time, of height and of width for each token. Shape: [3, b, n]
+    return 1 if name == "position_ids" and isinstance(value, torch.Tensor) and value.dim() == 3 else 0
 
 
 def rows_of(value: Any, rows: torch.Tensor, batch_size: int) -> Any:
@@ -46,18 +53,20 @@ def rows_of(value: Any, rows: torch.Tensor, batch_size: int) -> Any:
     return value[rows.to(value.device)] if is_batch else value
 
 
-def has_rows(output: Any, batch_size: int) -> bool:
-    """Whether each tensor in an output has a row for each row of the batch."""
+def has_rows(output: Any, batch_size: int, cache: Cache | None = None) -> bool:
+    """Whether each tensor in an output, which may have a cache in it, has a row for each row of the batch."""
     if isinstance(output, (dict, tuple, list)):
-        return all(has_rows(item, batch_size) for item in (output.values() if isinstance(output, dict) else output))
-    return output is None or (isinstance(output, torch.Tensor) and output.shape[:1] == (batch_size,))
+        items = output.values() if isinstance(output, dict) else output
+        return all(has_rows(item, batch_size, cache) for item in items)
+    is_batch = isinstance(output, torch.Tensor) and output.shape[:1] == (batch_size,)
+    return is_batch or output is None or output is cache
 
 
 def put_rows(output: Any, rows: torch.Tensor, of_rows: Any) -> Any:
     """What a forward gives for the whole batch, with some rows replaced by what it gives for these alone.
 
     Args:
-        output: an output of transformers, a tuple or a tensor. Shape of each tensor: [b, ...]
+        output: an output of transformers, a tuple or a tensor; a cache in it stays. Shape of each tensor: [b, ...]
         rows: the indices of the rows.
         of_rows: the same for these. Shape of each tensor: [number of rows, ...]
 
@@ -68,4 +77,4 @@ def put_rows(output: Any, rows: torch.Tensor, of_rows: Any) -> Any:
         return type(output)(**{name: put_rows(value, rows, of_rows[name]) for name, value in output.items()})
     if isinstance(output, (tuple, list)):
         return type(output)(put_rows(item, rows, part) for item, part in zip(output, of_rows, strict=True))
-    return None if output is None else output.index_copy(0, rows.to(output.device), of_rows)
+    return output.index_copy(0, rows.to(output.device), of_rows) if isinstance(output, torch.Tensor) else output

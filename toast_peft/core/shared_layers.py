@@ -2,7 +2,7 @@
 
 Without feedback pass 2 computes what pass 1 has computed, so that the cache is that of the base model. At the first
 feedback the passes part: the layers, which pass 1 has just extended, are those of pass 1 from then on, and pass 2 gets
-copies of what they were *before*.
+copies of what they were *before*, where it can of the rows with feedback alone (`cache_of_open_rows.py`).
 
 What has to be kept for that while pass 1 runs is little: of layers to which tokens are only added, how long they were;
 of those with a sliding window, the window.
