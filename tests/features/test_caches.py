@@ -87,11 +87,11 @@ def base_model_compiles() -> bool:
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiles_static_caches")
 @pytest.mark.parametrize(
-    ("model_class", "variant"),
-    [(tf.LlamaForCausalLM, "full"), (tf.LlamaForCausalLM, "early"), (tf.Gemma3ForCausalLM, "middle")],
+    ("model_class", "variant", "options"),
+    [(tf.LlamaForCausalLM, "full", {"num_hidden_layers": 2}), (tf.Gemma3ForCausalLM, "middle", {})],
 )
-def test_compiled_decoding_with_a_static_cache(model_class: type, variant: str) -> None:
-    model = decoder(model_class, variant)
+def test_compiled_decoding_with_a_static_cache(model_class: type, variant: str, options: dict[str, int]) -> None:
+    model = decoder(model_class, variant, **options)
     with torch.compiler.set_stance("force_eager"):
         expected = generate(model, use_cache=False)
     assert_same_generation(generate(model, **COMPILED), expected)
