@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 from toast_peft.core.cache import cache_parameter
 
 from ..helpers import CACHE, assert_same_generation, compiles_copies, output_of, steered
-from ..zoo import DECODERS, NUM_BLOCKS, RANGES, VARIANTS, inputs_of, tiny_model
+from ..zoo import DECODERS, NUM_BLOCKS, RANGES, VARIANTS, inputs_of, tiny_model, with_variants
 
 PROMPT_LENGTH = 6
 
@@ -35,8 +35,7 @@ def generate(model: PeftModel | PreTrainedModel, **options: Any) -> Any:
     return model.generate(**inputs | options, return_dict_in_generate=True, output_logits=True)
 
 
-@pytest.mark.parametrize("variant", RANGES)
-@pytest.mark.parametrize("model_class", DECODERS)
+@pytest.mark.parametrize(("model_class", "variant"), with_variants(DECODERS, RANGES, [tf.LlamaForCausalLM]))
 def test_prompts_as_embeddings(model_class: type, variant: str) -> None:
     model = decoder(model_class, variant)
     ids = inputs_of(model, length=PROMPT_LENGTH)["input_ids"]
@@ -47,8 +46,7 @@ def test_prompts_as_embeddings(model_class: type, variant: str) -> None:
     torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("variant", RANGES)
-@pytest.mark.parametrize("model_class", DECODERS)
+@pytest.mark.parametrize(("model_class", "variant"), with_variants(DECODERS, RANGES, [tf.LlamaForCausalLM]))
 def test_base_model_drafts(model_class: type, variant: str) -> None:
     """Assisted decoding: the base model proposes tokens, the adapted model accepts or rolls back both passes."""
     model = decoder(model_class, variant)

@@ -110,9 +110,15 @@ def test_trained_saved_and_loaded(
         assert_same(output_of(model), base_output)
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "non-reentrant", "reentrant"])
+@pytest.mark.parametrize(
+    ("model_class", "checkpointing"),
+    [
+        (tf.ViTForImageClassification, "none"),
+        (tf.ViTForImageClassification, "non-reentrant"),
+        (tf.LlamaForCausalLM, "reentrant"),
+    ],
+)
 @quantizations
-@both_models
 def test_prepare_model_for_kbit_training(
     model_class: type, quantization: str, checkpointing: str, checkpoint: Path
 ) -> None:

@@ -149,15 +149,15 @@ def test_generation_that_opens_is_as_without_the_option(
 
 
 @pytest.mark.parametrize("first", [0, 3, NEVER])
-@pytest.mark.parametrize("variant", ["full", "middle"])
 @pytest.mark.parametrize(
-    ("model_class", "decoding"),
+    ("model_class", "variant", "decoding"),
     [
-        (tf.T5ForConditionalGeneration, "greedy"),
-        (tf.T5ForConditionalGeneration, "beam"),
-        (tf.T5ForConditionalGeneration, "static"),
-        (tf.WhisperForConditionalGeneration, "greedy"),
-        (tf.WhisperForConditionalGeneration, "static"),
+        (tf.T5ForConditionalGeneration, "full", "greedy"),
+        (tf.T5ForConditionalGeneration, "middle", "greedy"),
+        (tf.T5ForConditionalGeneration, "middle", "beam"),
+        (tf.T5ForConditionalGeneration, "middle", "static"),
+        (tf.WhisperForConditionalGeneration, "full", "greedy"),
+        (tf.WhisperForConditionalGeneration, "middle", "static"),
     ],
 )
 def test_decoder_with_cross_attention(model_class: type, variant: str, decoding: str, first: int) -> None:
