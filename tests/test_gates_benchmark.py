@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import continual
 import gates
 import image_gates
 import offline
@@ -9,8 +10,22 @@ import pandas as pd
 import pytest
 import text_gates
 import torch
+from datasets import DatasetDict
 
 
+def first_docstrings(numeric: bool) -> DatasetDict:
+    """More than these tests use, so that not all of them are tokenized."""
+    rows = offline.docstrings(numeric)
+    return DatasetDict({split: rows[split].select(range(40)) for split in rows})
+
+
+@pytest.fixture
+def few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (continual, gates):
+        monkeypatch.setattr(module, "docstrings", first_docstrings)
+
+
+@pytest.mark.usefixtures("few_texts")
 @pytest.mark.filterwarnings("ignore:The gate of the TOAST adapter")
 def test_gates_and_scales_are_measured_on_all_texts(tmp_path: Path) -> None:
     base = offline.small_llama(tmp_path / "base", steps=1, block_size=32)
@@ -44,6 +59,7 @@ def test_each_set_of_images_is_the_target_once(tmp_path: Path) -> None:
     assert len((tmp_path / "image_gates.md").read_text().splitlines()) == 5
 
 
+@pytest.mark.usefixtures("few_texts")
 @pytest.mark.filterwarnings("ignore:The gate of the TOAST adapter")
 def test_each_text_is_the_target_once(tmp_path: Path) -> None:
     base = offline.small_llama(tmp_path / "base", steps=1, block_size=32)

@@ -17,7 +17,7 @@ from torch import nn
 
 from .golden.reference import reference_forward
 from .helpers import adapted, output_of, steered
-from .zoo import NUM_BLOCKS, VARIANTS, add_noise, images
+from .zoo import NUM_BLOCKS, VARIANTS, add_noise, images, with_variants
 
 _VIT = {
     "hidden_size": 32,
@@ -61,6 +61,7 @@ MODELS = {
         "decode_head",
     ),
 }
+REPRESENTATIVES = ["dpt", "upernet_dinov2"]
 DECODER_FEATURES = [name for name, (_, _, decoder) in MODELS.items() if decoder is not None]
 
 
@@ -94,16 +95,14 @@ def data_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ TOAST and decoders
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "variant"), with_variants(MODELS, VARIANTS, REPRESENTATIVES))
 def test_starts_as_no_op(name: str, variant: str) -> None:
     base = tiny_model(name)
     expected = output_of(base)
     assert torch.equal(output_of(adapted(base, **VARIANTS[variant])), expected)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "variant"), with_variants(MODELS, VARIANTS, REPRESENTATIVES))
 def test_output_is_that_of_the_formulas(name: str, variant: str) -> None:
     base = tiny_model(name).double()
     model = steered_in_float64(base, **VARIANTS[variant])
@@ -133,8 +132,9 @@ def test_decoder_gets_the_features_of_pass_2(name: str, variant: str, first: int
         assert torch.equal(steered_map, plain_map) == (block < first), block
 
 
-@pytest.mark.parametrize("variant", ["full", "lite", "early", "late"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "variant"), with_variants(MODELS, ["full", "lite", "early", "late"], REPRESENTATIVES)
+)
 def test_gradients_reach_the_adapter_and_the_decoder(name: str, variant: str) -> None:
     base = tiny_model(name)
     decoder = semantic_segmentation.decoder_modules(base)

@@ -109,8 +109,9 @@ def assert_saved_and_loaded(trainer: tf.Trainer, folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
-@pytest.mark.parametrize("variant", ["full", "lite"])
+@pytest.mark.parametrize(
+    ("variant", "checkpointing"), [("full", "none"), ("lite", "non-reentrant"), ("full", "reentrant")]
+)
 def test_sft_lowers_the_loss(variant: str, checkpointing: str, tmp_path: Path) -> None:
     trainer = trl.SFTTrainer(
         model=tiny_model(tf.LlamaForCausalLM),
@@ -151,8 +152,9 @@ def test_sft_with_stored_features(tokens: Dataset, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
-@pytest.mark.parametrize("precompute", [False, True], ids=["reference along the way", "reference before"])
+@pytest.mark.parametrize(
+    ("precompute", "checkpointing"), [(False, "none"), (True, "non-reentrant"), (False, "reentrant")]
+)
 def test_dpo_lowers_the_loss(precompute: bool, checkpointing: str, tmp_path: Path) -> None:
     """The reference is the same model with its adapter disabled, so the loss starts at log 2."""
     pairs = {

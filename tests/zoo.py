@@ -3,6 +3,8 @@
 `tests/contract/` goes over all rows. Another class of the same type that differs in its head only is a row of `HEADS`.
 """
 
+import itertools
+from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -278,6 +280,28 @@ VARIANTS = {
     "middle": {"feedback_from": 3, "feedback_to": 1},
 }
 RANGES = {name: options for name, options in VARIANTS.items() if name != "lite"}
+# One or two of each kind, which are tried with every variant. The others are tried with those that between them have
+# everything that may depend on the model: the final norm and the first block in "full", blocks that only one of the
+# passes runs in "middle".
+REPRESENTATIVES = {
+    *VIT_AND_LLAMA,
+    *CONVNEXT_AND_RESNET,
+    tf.BertForSequenceClassification,
+    tf.GPT2LMHeadModel,
+    tf.Gemma3ForCausalLM,
+    tf.T5ForConditionalGeneration,
+    tf.Qwen3VLForConditionalGeneration,
+    tf.SwinForImageClassification,
+    tf.SegformerForSemanticSegmentation,
+}
+
+
+def with_variants(
+    models: Iterable[Any], variants: Iterable[str], representatives: Collection[Any] = REPRESENTATIVES
+) -> list[tuple[Any, str]]:
+    """Pairs to parametrise a test with: each model with some of these variants, the representatives with all."""
+    pairs = itertools.product(models, variants)
+    return [(model, variant) for model, variant in pairs if model in representatives or variant in ("full", "middle")]
 
 
 def variant_of(model_class: type, variant: str) -> dict[str, Any]:
@@ -285,6 +309,11 @@ def variant_of(model_class: type, variant: str) -> dict[str, Any]:
     if model_class is not tf.T5ForConditionalGeneration:
         return VARIANTS[variant]
     return {name: value if name == "r" else value / NUM_BLOCKS for name, value in VARIANTS[variant].items()}
+
+
+def readable(value: Any) -> str:
+    """The id of a parameter of a test."""
+    return value.__name__ if isinstance(value, type) else str(value)
 
 
 def tiny_model(model_class: type, **options: Any) -> nn.Module:

@@ -3,6 +3,7 @@
 import ast
 import sysconfig
 from collections.abc import Sequence
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,7 @@ def digit_scenes(classes: Sequence[int], scenes: int) -> DatasetDict:
     return splits
 
 
+@cache
 def docstrings(numeric: bool) -> DatasetDict:
     """Docstrings of Python's standard library, those of `NUMERIC_MODULES` or those of its other modules.
 

@@ -11,13 +11,12 @@ from torch import nn
 from ..families.test_transformers import FUSED
 from ..golden.reference import reference_forward
 from ..helpers import adapted, counted_block_calls, feedback_of, output_of, paths_of, steered
-from ..zoo import NUM_BLOCKS, OTHERS, PLAIN, RANGES, VARIANTS, inputs_of, tiny_model, variant_of
+from ..zoo import NUM_BLOCKS, OTHERS, PLAIN, RANGES, VARIANTS, inputs_of, tiny_model, variant_of, with_variants
 
 LINEAR = (nn.Linear, tf.pytorch_utils.Conv1D)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("model_class", PLAIN)
+@pytest.mark.parametrize(("model_class", "variant"), with_variants(PLAIN, VARIANTS))
 def test_output_is_that_of_the_formulas(model_class: type, variant: str) -> None:
     base = tiny_model(model_class).double()
     model = steered(copy.deepcopy(base).float(), **VARIANTS[variant]).double()
@@ -28,8 +27,7 @@ def test_output_is_that_of_the_formulas(model_class: type, variant: str) -> None
     torch.testing.assert_close(output_of(model, inputs), expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("variant", RANGES)
-@pytest.mark.parametrize("model_class", PLAIN | OTHERS)
+@pytest.mark.parametrize(("model_class", "variant"), with_variants(PLAIN | OTHERS, RANGES))
 def test_values_see_the_feedback_and_queries_and_keys_do_not(model_class: type, variant: str) -> None:
     """In pass 2 what a value projection gets is what its neighbours with the same input get, plus td."""
     model = steered(tiny_model(model_class), **variant_of(model_class, variant))
@@ -58,8 +56,7 @@ def record_input(calls: list[torch.Tensor], module: nn.Module, args: tuple, outp
     calls.append(args[0])
 
 
-@pytest.mark.parametrize("variant", RANGES)
-@pytest.mark.parametrize("model_class", PLAIN)
+@pytest.mark.parametrize(("model_class", "variant"), with_variants(PLAIN, RANGES))
 def test_blocks_that_are_not_needed_are_skipped(model_class: type, variant: str) -> None:
     model = adapted(tiny_model(model_class), **RANGES[variant])
     first, last = RANGES[variant].get("feedback_from", NUM_BLOCKS), RANGES[variant].get("feedback_to", 0)
@@ -69,8 +66,10 @@ def test_blocks_that_are_not_needed_are_skipped(model_class: type, variant: str)
     assert calls.total() == first + NUM_BLOCKS - last
 
 
-@pytest.mark.parametrize(("variant", "by_config"), [*((name, False) for name in RANGES), ("middle", True)])
-@pytest.mark.parametrize("model_class", PLAIN)
+@pytest.mark.parametrize(
+    ("model_class", "variant", "by_config"),
+    [(*pair, False) for pair in with_variants(PLAIN, RANGES)] + [(cls, "middle", True) for cls in PLAIN],
+)
 def test_recorded_outputs_are_those_of_the_second_pass(model_class: type, variant: str, by_config: bool) -> None:
     recorded = {"output_hidden_states": True, "output_attentions": True}
     base = tiny_model(model_class, attn_implementation="eager")

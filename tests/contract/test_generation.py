@@ -4,14 +4,13 @@ import pytest
 import torch
 
 from ..helpers import assert_same_generation, steered
-from ..zoo import GENERATING, RANGES, inputs_of, tiny_model, variant_of
+from ..zoo import GENERATING, RANGES, inputs_of, tiny_model, variant_of, with_variants
 
 
-@pytest.mark.parametrize("variant", RANGES)
-@pytest.mark.parametrize("model_class", GENERATING)
+@pytest.mark.parametrize(("model_class", "variant"), with_variants(GENERATING, RANGES))
 def test_cached_generation_is_recomputation(model_class: type, variant: str) -> None:
     model = steered(tiny_model(model_class), **variant_of(model_class, variant))
-    options = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    options = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     options |= {"suppress_tokens": [36, 37, 38, 39]}  # with which the Qwen models would begin an image
     inputs = inputs_of(model, length=6)
     if model.config.is_encoder_decoder:

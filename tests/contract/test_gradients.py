@@ -7,11 +7,10 @@ from peft import PeftModel
 
 from ..golden.reference import ReferenceModel
 from ..helpers import assert_same_gradients, blocks_of, gradients, loss_of, steered, without_randomness
-from ..zoo import OTHERS, PLAIN, VARIANTS, ZOO, inputs_of, tiny_model, variant_of
+from ..zoo import OTHERS, PLAIN, VARIANTS, ZOO, inputs_of, tiny_model, variant_of, with_variants
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("model_class", ZOO)
+@pytest.mark.parametrize(("model_class", "variant"), with_variants(ZOO, VARIANTS))
 def test_gradients_reach_every_trained_part(model_class: type, variant: str) -> None:
     model = steered(tiny_model(model_class), **variant_of(model_class, variant))
     loss_of(model).backward()
@@ -19,8 +18,7 @@ def test_gradients_reach_every_trained_part(model_class: type, variant: str) -> 
     assert found and all(gradient.abs().max() > 0 for gradient in found.values())
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("model_class", PLAIN)
+@pytest.mark.parametrize(("model_class", "variant"), with_variants(PLAIN, VARIANTS))
 def test_gradients_are_those_of_the_formulas(model_class: type, variant: str) -> None:
     base = tiny_model(model_class).requires_grad_(False)
     model = steered(copy.deepcopy(base), **VARIANTS[variant])

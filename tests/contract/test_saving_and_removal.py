@@ -8,11 +8,10 @@ from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 
 from ..helpers import assert_same, output_of, steered
-from ..zoo import HEADS, ZOO, tiny_model, variant_of
+from ..zoo import HEADS, ZOO, tiny_model, variant_of, with_variants
 
 
-@pytest.mark.parametrize("variant", ["lite", "middle"])
-@pytest.mark.parametrize("model_class", ZOO)
+@pytest.mark.parametrize(("model_class", "variant"), with_variants(ZOO, ["lite", "middle"]))
 def test_saved_and_loaded(model_class: type, variant: str, tmp_path: Path) -> None:
     model = steered(tiny_model(model_class), **variant_of(model_class, variant))
     model.save_pretrained(tmp_path)
@@ -21,8 +20,7 @@ def test_saved_and_loaded(model_class: type, variant: str, tmp_path: Path) -> No
     assert all("feedback_path" in key for key in get_peft_model_state_dict(model))
 
 
-@pytest.mark.parametrize("variant", ["full", "lite", "middle"])
-@pytest.mark.parametrize("model_class", ZOO)
+@pytest.mark.parametrize(("model_class", "variant"), with_variants(ZOO, ["full", "lite", "middle"]))
 def test_switched_off_or_taken_away_the_base_model_is_left(model_class: type, variant: str) -> None:
     base = tiny_model(model_class)
     expected, keys, hooks = output_of(base), list(base.state_dict()), hooks_on(base)

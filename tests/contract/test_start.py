@@ -9,7 +9,7 @@ from toast_peft.families.hierarchies import HIERARCHIES
 from toast_peft.families.model_types import ARCHITECTURES
 
 from ..helpers import adapted, output_of, paths_of, without_randomness
-from ..zoo import HEADS, VARIANTS, VISION_TOWERS, ZOO, inputs_of, tiny_model, variant_of
+from ..zoo import HEADS, VARIANTS, VISION_TOWERS, ZOO, inputs_of, tiny_model, variant_of, with_variants
 
 
 def test_every_supported_type_is_in_the_zoo() -> None:
@@ -19,10 +19,7 @@ def test_every_supported_type_is_in_the_zoo() -> None:
     assert types >= {*ARCHITECTURES, *CONVNETS, *HIERARCHIES}
 
 
-@pytest.mark.parametrize(
-    ("model_class", "variant"),
-    [(model_class, variant) for model_class in ZOO for variant in VARIANTS] + [(head, "full") for head in HEADS],
-)
+@pytest.mark.parametrize(("model_class", "variant"), with_variants(ZOO, VARIANTS) + [(head, "full") for head in HEADS])
 def test_starts_as_the_base_model_in_evaluation_and_in_training(model_class: type, variant: str) -> None:
     """Bit for bit; also the running statistics of batch norms."""
     base = without_randomness(tiny_model(model_class))

@@ -28,7 +28,18 @@ from ..helpers import (
     steer,
     steered,
 )
-from ..zoo import CONVNETS, CONVNEXT_AND_RESNET, HEADS, NUM_BLOCKS, RANGES, VARIANTS, images, tiny_model
+from ..zoo import (
+    CONVNETS,
+    CONVNEXT_AND_RESNET,
+    HEADS,
+    NUM_BLOCKS,
+    RANGES,
+    VARIANTS,
+    images,
+    readable,
+    tiny_model,
+    with_variants,
+)
 
 # With other layers, with and without a head, and with the outputs of several stages.
 ALL_CLASSES = [cls for cls in (*CONVNETS, *HEADS) if cls.__name__.startswith(("Conv", "Res", "Reg"))]
@@ -38,8 +49,11 @@ ODD_SIZE = (70, 49)  # the total stride is 32
 # ------------------------------------------------------------------------------------------------- what is computed
 
 
-@pytest.mark.parametrize(("variant", "size"), [*((name, ODD_SIZE) for name in KINDS), ("full", (64, 64))], ids=str)
-@pytest.mark.parametrize("model_class", ALL_CLASSES)
+@pytest.mark.parametrize(
+    ("model_class", "variant", "size"),
+    [(*pair, ODD_SIZE) for pair in with_variants(ALL_CLASSES, KINDS)] + [(cls, "full", (64, 64)) for cls in CONVNETS],
+    ids=readable,
+)
 def test_output_is_that_of_the_formulas(model_class: type, variant: str, size: tuple[int, int]) -> None:
     base = tiny_model(model_class).double()
     model = steered(copy.deepcopy(base).float(), **KINDS[variant]).double()
@@ -51,8 +65,7 @@ def test_output_is_that_of_the_formulas(model_class: type, variant: str, size: t
     assert (found - expected).abs().max() < 1e-10 * expected.abs().max()
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("model_class", CONVNETS)
+@pytest.mark.parametrize(("model_class", "variant"), with_variants(CONVNETS, VARIANTS))
 def test_gradients_are_those_of_the_formulas(model_class: type, variant: str) -> None:
     base = tiny_model(model_class).requires_grad_(False)
     model = steered(copy.deepcopy(base), **VARIANTS[variant]).double()
@@ -131,8 +144,7 @@ def test_every_part_gets_a_gradient_within_three_steps(model_class: type, option
 # ----------------------------------------------------------------------------------------------------- the two passes
 
 
-@pytest.mark.parametrize("variant", RANGES)
-@pytest.mark.parametrize("model_class", ALL_CLASSES)
+@pytest.mark.parametrize(("model_class", "variant"), with_variants(ALL_CLASSES, RANGES))
 def test_stages_that_are_not_needed_are_skipped(model_class: type, variant: str) -> None:
     model = adapted(tiny_model(model_class), **RANGES[variant])
     first, last = model.active_peft_config.feedback_range(NUM_BLOCKS)
@@ -180,8 +192,7 @@ def test_exception_inside_of_pass_1(model_class: type) -> None:
     assert torch.equal(output_of(model), expected)
 
 
-@pytest.mark.parametrize("variant", RANGES)
-@pytest.mark.parametrize("model_class", ALL_CLASSES)
+@pytest.mark.parametrize(("model_class", "variant"), with_variants(ALL_CLASSES, RANGES))
 def test_recorded_hidden_states_are_those_of_the_second_pass(model_class: type, variant: str) -> None:
     base = tiny_model(model_class)
     model = steered(copy.deepcopy(base), **RANGES[variant])
@@ -297,7 +308,8 @@ def set_all_of_linear2(model: PeftModel) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("model_class", "variant"), [*zip(CONVNEXT_AND_RESNET, ["lite", "middle"], strict=True)])
 def test_compiled_in_one_graph(model_class: type, variant: str) -> None:
-    plain, model = (steered(tiny_model(model_class), **VARIANTS[variant]).train() for _ in range(2))
+    base = tiny_model(model_class, depths=[1, 1, 1, 1])  # each layer is compiled once for each pass
+    plain, model = (steered(copy.deepcopy(base), **VARIANTS[variant]).train() for _ in range(2))
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     run = torch.compile(model, fullgraph=True, backend="aot_eager")

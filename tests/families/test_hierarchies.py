@@ -15,7 +15,18 @@ from toast_peft import TopDownConfig
 from toast_peft.core.layers import FeedbackPath
 
 from ..helpers import adapted, assert_same, gradients, loss_of, output_of, paths_of, steered, turn_prompts
-from ..zoo import HIERARCHIES, NUM_BLOCKS, PYRAMID, VARIANTS, images, inputs_of, tiny_model
+from ..zoo import (
+    HIERARCHIES,
+    NUM_BLOCKS,
+    PYRAMID,
+    RANGES,
+    VARIANTS,
+    images,
+    inputs_of,
+    readable,
+    tiny_model,
+    with_variants,
+)
 
 VALUES = ("v_proj", "value")
 
@@ -30,9 +41,12 @@ def value_projections_of(model: nn.Module) -> list[nn.Module]:
     return [module for name, module in named if name.endswith(VALUES) and "feedback_path" not in name]
 
 
-@pytest.mark.parametrize("size", [(32, 32), (24, 36), (36, 44)], ids=str)
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("model_class", HIERARCHIES)
+@pytest.mark.parametrize(
+    ("model_class", "variant", "size"),
+    [(*pair, (36, 44)) for pair in with_variants(HIERARCHIES, VARIANTS)]
+    + [(cls, "full", size) for cls in HIERARCHIES for size in ((32, 32), (24, 36))],
+    ids=readable,
+)
 def test_only_values_see_the_feedback(model_class: type, variant: str, size: tuple[int, int]) -> None:
     """The input of each value projection is that of the keys, plus the feedback for just these tokens."""
     inputs = images(*size)
@@ -128,15 +142,13 @@ def test_features_are_after_the_final_norm_where_its_channels_fit(feedback_from:
     torch.testing.assert_close(features[0].flatten(1, 2), expected)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("model_class", HIERARCHIES)
+@pytest.mark.parametrize(("model_class", "variant"), with_variants(HIERARCHIES, RANGES))
 def test_lite_starts_its_chain_as_full_does(model_class: type, variant: str) -> None:
     """What `linear1` of Lite does not store is what `init_weights=True` gives the full one."""
-    options = {name: value for name, value in VARIANTS[variant].items() if name != "r"}
     chains = []
     for rank in (0, 2):
         torch.manual_seed(0)
-        model = adapted(tiny_model(model_class), r=rank, **options)
+        model = adapted(tiny_model(model_class), r=rank, **RANGES[variant])
         turn_prompts(model)
         path, found = path_of(model), []
         for layer in path.layers.values():
@@ -148,12 +160,17 @@ def test_lite_starts_its_chain_as_full_does(model_class: type, variant: str) -> 
         assert full.abs().max() > 0
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-reentrant", "reentrant"])
-@pytest.mark.parametrize("model_class", [cls for cls in HIERARCHIES if cls.supports_gradient_checkpointing])
-def test_gradient_checkpointing(model_class: type, use_reentrant: bool, variant: str) -> None:
-    if model_class is tf.PvtV2ForImageClassification and use_reentrant:
-        use_reentrant = False  # its stages return a tuple in a tuple, of which reentrant checkpoints lose the graph
+CHECKPOINTED = [cls for cls in HIERARCHIES if cls.supports_gradient_checkpointing]
+# The stages of a PVT return a tuple in a tuple, of which reentrant checkpoints lose the graph.
+REENTRANT = [cls for cls in CHECKPOINTED if cls is not tf.PvtV2ForImageClassification]
+
+
+@pytest.mark.parametrize(
+    ("model_class", "variant", "use_reentrant"),
+    [(*pair, False) for pair in with_variants(CHECKPOINTED, VARIANTS)]
+    + [(*pair, True) for pair in with_variants(REENTRANT, VARIANTS)],
+)
+def test_gradient_checkpointing(model_class: type, variant: str, use_reentrant: bool) -> None:
     plain = steered(tiny_model(model_class), **VARIANTS[variant]).train()
     for module in plain.modules():
         if isinstance(module, (nn.Dropout, nn.BatchNorm2d)):

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..helpers import CACHE, adapted, gradients, loss_of, output_of, paths_of, steer, steered
-from ..zoo import OTHERS, RANGES, VISION_TOWERS, add_noise, inputs_of, tiny_model
+from ..zoo import OTHERS, RANGES, VISION_TOWERS, add_noise, inputs_of, tiny_model, with_variants
 
 # Their value projections compute queries and keys as well.
 FUSED = [
@@ -196,8 +196,7 @@ HYBRIDS = {
 }
 
 
-@pytest.mark.parametrize("variant", RANGES)
-@pytest.mark.parametrize("model_class", HYBRIDS)
+@pytest.mark.parametrize(("model_class", "variant"), with_variants(HYBRIDS, RANGES))
 def test_hybrid_gets_feedback_where_it_has_value_projections(model_class: type, variant: str) -> None:
     torch.manual_seed(0)
     base = model_class(HYBRIDS[model_class])

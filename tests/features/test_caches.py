@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 from toast_peft.core.cache import cache_parameter
 
 from ..helpers import CACHE, assert_same_generation, compiles_copies, output_of, steered
-from ..zoo import DECODERS, NUM_BLOCKS, RANGES, VARIANTS, inputs_of, tiny_model
+from ..zoo import DECODERS, NUM_BLOCKS, RANGES, VARIANTS, inputs_of, tiny_model, with_variants
 
 PROMPT_LENGTH = 6
 
@@ -35,8 +35,7 @@ def generate(model: PeftModel | PreTrainedModel, **options: Any) -> Any:
     return model.generate(**inputs | options, return_dict_in_generate=True, output_logits=True)
 
 
-@pytest.mark.parametrize("variant", RANGES)
-@pytest.mark.parametrize("model_class", DECODERS)
+@pytest.mark.parametrize(("model_class", "variant"), with_variants(DECODERS, RANGES, [tf.LlamaForCausalLM]))
 def test_prompts_as_embeddings(model_class: type, variant: str) -> None:
     model = decoder(model_class, variant)
     ids = inputs_of(model, length=PROMPT_LENGTH)["input_ids"]
@@ -47,8 +46,7 @@ def test_prompts_as_embeddings(model_class: type, variant: str) -> None:
     torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("variant", RANGES)
-@pytest.mark.parametrize("model_class", DECODERS)
+@pytest.mark.parametrize(("model_class", "variant"), with_variants(DECODERS, RANGES, [tf.LlamaForCausalLM]))
 def test_base_model_drafts(model_class: type, variant: str) -> None:
     """Assisted decoding: the base model proposes tokens, the adapted model accepts or rolls back both passes."""
     model = decoder(model_class, variant)
@@ -87,11 +85,11 @@ def base_model_compiles() -> bool:
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiles_static_caches")
 @pytest.mark.parametrize(
-    ("model_class", "variant"),
-    [(tf.LlamaForCausalLM, "full"), (tf.LlamaForCausalLM, "early"), (tf.Gemma3ForCausalLM, "middle")],
+    ("model_class", "variant", "options"),
+    [(tf.LlamaForCausalLM, "full", {"num_hidden_layers": 2}), (tf.Gemma3ForCausalLM, "middle", {})],
 )
-def test_compiled_decoding_with_a_static_cache(model_class: type, variant: str) -> None:
-    model = decoder(model_class, variant)
+def test_compiled_decoding_with_a_static_cache(model_class: type, variant: str, options: dict[str, int]) -> None:
+    model = decoder(model_class, variant, **options)
     with torch.compiler.set_stance("force_eager"):
         expected = generate(model, use_cache=False)
     assert_same_generation(generate(model, **COMPILED), expected)

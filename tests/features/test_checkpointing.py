@@ -1,6 +1,7 @@
 """Gradients of what is trained along, no graph where none is needed, and gradient checkpointing."""
 
 import copy
+from itertools import product
 from typing import Any
 
 import pytest
@@ -61,9 +62,11 @@ def test_gradients_with_lora_below(model_class: type) -> None:
 # ------------------------------------------------------------------------------- trained modules before the feedback
 
 
-@pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "non-reentrant", "reentrant"])
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("model_class", VIT_AND_LLAMA)
+@pytest.mark.parametrize(
+    ("model_class", "variant", "checkpointing"),
+    [(cls, variant, None) for cls in VIT_AND_LLAMA for variant in VARIANTS]
+    + list(product(VIT_AND_LLAMA, ["full", "middle"], [False, True])),
+)
 def test_gradients_of_trained_embeddings(model_class: type, variant: str, checkpointing: bool | None) -> None:
     """Both passes read the embeddings, so both have to be in the graph."""
     base = tiny_model(model_class, tie_word_embeddings=False).requires_grad_(False)
@@ -210,9 +213,11 @@ def test_checkpointing_every_other_block(model_class: type, use_reentrant: bool)
     assert [block.gradient_checkpointing for block in blocks_of(model)] == [i % 2 == 0 for i in range(NUM_BLOCKS)]
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-reentrant", "reentrant"])
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("model_class", VIT_AND_LLAMA)
+@pytest.mark.parametrize(
+    ("model_class", "variant", "use_reentrant"),
+    [(cls, variant, False) for cls in VIT_AND_LLAMA for variant in VARIANTS]
+    + [(cls, variant, True) for cls in VIT_AND_LLAMA for variant in ("full", "middle")],
+)
 def test_two_forwards_before_one_backward(model_class: type, variant: str, use_reentrant: bool) -> None:
     plain = training(model_class, **VARIANTS[variant])
     model = checkpointed(model_class, use_reentrant, before=False, **VARIANTS[variant])

@@ -16,7 +16,7 @@ from torch import nn
 from toast_peft import TopDownConfig
 
 from ..helpers import blocks_of, counted_block_calls, first_tensor, loss_of, output_of, paths_of, steered
-from ..zoo import NUM_BLOCKS, RANGES, VIT_AND_LLAMA, inputs_of, tiny_model, variant_of
+from ..zoo import NUM_BLOCKS, RANGES, VIT_AND_LLAMA, inputs_of, tiny_model, variant_of, with_variants
 
 TRANSFORMERS = [*VIT_AND_LLAMA, tf.BertForSequenceClassification, tf.GPT2LMHeadModel]
 MODELS = [
@@ -48,8 +48,7 @@ def without_cache(model: nn.Module, **options: Any) -> dict[str, Any]:
     return inputs_of(model, **options) | ({"use_cache": False} if model.can_generate() else {})
 
 
-@pytest.mark.parametrize("variant", RANGES)
-@pytest.mark.parametrize("model_class", MODELS)
+@pytest.mark.parametrize(("model_class", "variant"), with_variants(MODELS, RANGES, VIT_AND_LLAMA))
 def test_closed_batch_gives_what_the_base_model_gives(model_class: type, variant: str) -> None:
     base = tiny_model(model_class)
     model = steered(tiny_model(model_class), skip_closed_rows=True, **variant_of(model_class, variant))

@@ -1,6 +1,5 @@
 """Two processes on CPU train to the same adapter as one, and save one ordinary adapter."""
 
-import itertools
 import os
 import subprocess
 import sys
@@ -12,11 +11,11 @@ from accelerate.commands.config.config_args import ClusterConfig
 from peft import PeftModel
 
 from ..helpers import assert_same, output_of
-from ..zoo import VIT_AND_LLAMA, inputs_of
+from ..zoo import inputs_of
 from .distributed_worker import (
     BATCH_SIZE,
     KINDS,
-    SCENARIOS,
+    RUNS,
     optimizer_of,
     scenario_base,
     scenario_inputs,
@@ -32,7 +31,7 @@ EXAMPLE_CONFIGS = sorted((ROOT / "examples" / "accelerate_configs").glob("*.yaml
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     """All scenarios of all kinds in one run of two processes, as importing everything twice takes longest."""
     train_with_two_processes(tmp_path)
-    for model_class, scenario in itertools.product(VIT_AND_LLAMA, SCENARIOS):
+    for model_class, scenario in RUNS:
         folders = [tmp_path / kind / model_class.__name__ / scenario for kind in KINDS]
         assert_trained_as_by_one_process(model_class, scenario, folders)
 

@@ -11,7 +11,7 @@ from torch import nn
 from toast_peft.core.dropout import has_dropout
 
 from ..helpers import adapted, blocks_of, gradients, loss_of, output_of, paths_of, steered
-from ..zoo import VARIANTS, inputs_of, tiny_model
+from ..zoo import VARIANTS, inputs_of, tiny_model, with_variants
 
 _OF_BERT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
 RATES: dict[type, dict[str, Any]] = {
@@ -39,8 +39,7 @@ def seeded_output(model: nn.Module, seed: int) -> torch.Tensor:
     return model(**inputs_of(model))[0]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("model_class", RATES)
+@pytest.mark.parametrize(("model_class", "variant"), with_variants(RATES, VARIANTS))
 def test_no_op_adapter_trains_as_the_base_model_with_the_same_seed(model_class: type, variant: str) -> None:
     base = with_dropout(model_class)
     model = adapted(copy.deepcopy(base), **VARIANTS[variant])

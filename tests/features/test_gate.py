@@ -30,7 +30,7 @@ from ..helpers import (
     paths_of,
     steered,
 )
-from ..zoo import NUM_BLOCKS, RANGES, VARIANTS, VIT_AND_LLAMA, inputs_of, tiny_model, variant_of
+from ..zoo import NUM_BLOCKS, RANGES, VARIANTS, VIT_AND_LLAMA, inputs_of, tiny_model, variant_of, with_variants
 from .test_caches import COMPILED, compiles_static_caches  # noqa: F401  # a fixture
 from .test_shared_cache import (
     BETWEEN,
@@ -152,8 +152,7 @@ def test_gate_is_that_of_the_formula(model_class: type, kind: str, padding: str)
     assert 0 < (expected > 0).double().mean() < 1
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("model_class", FAMILIES)
+@pytest.mark.parametrize(("model_class", "variant"), with_variants(FAMILIES, VARIANTS, VIT_AND_LLAMA))
 def test_gate_is_a_factor_of_the_mask(model_class: type, variant: str) -> None:
     options = variant_of(model_class, variant)
     model = gated(model_class, **options)
@@ -210,8 +209,7 @@ def test_gate_that_was_not_fitted_is_open() -> None:
 # ------------------------------------------------------------------------------------------------------------- closed
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("model_class", FAMILIES)
+@pytest.mark.parametrize(("model_class", "variant"), with_variants(FAMILIES, VARIANTS, VIT_AND_LLAMA))
 def test_closed_gate_gives_the_output_of_the_base_model(model_class: type, variant: str) -> None:
     """Bit for bit, though all of pass 2 runs."""
     base = tiny_model(model_class)
@@ -298,9 +296,11 @@ def recomputed(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = 
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
-@pytest.mark.parametrize("variant", RANGES)
-@pytest.mark.parametrize("model_class", CAUSAL)
-@pytest.mark.parametrize("skips", [False, True])
+@pytest.mark.parametrize(
+    ("model_class", "variant", "skips"),
+    [(*pair, True) for pair in with_variants(CAUSAL, RANGES, [tf.LlamaForCausalLM])]
+    + [(model_class, "middle", False) for model_class in CAUSAL],
+)
 def test_cached_is_recomputed(model_class: type, variant: str, kind: str, skips: bool) -> None:
     model = gated(model_class, skip_closed_rows=skips, **variant_of(model_class, variant))
     cache = StaticCache(config=model.config, max_cache_len=16) if kind == "static" else None

@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from itertools import product
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from peft import PeftModel
 from transformers import DynamicCache, StaticCache
 
 from ..helpers import CACHE, adapted, assert_same_generation, output_of, steer, steered
-from ..zoo import DECODERS, RANGES, VARIANTS, inputs_of, tiny_model
+from ..zoo import DECODERS, RANGES, VARIANTS, inputs_of, readable, tiny_model, with_variants
 
 DECODING = {
     "greedy": {},
@@ -23,15 +24,17 @@ DECODING = {
 
 
 def generate(model: PeftModel, **options: Any) -> Any:
-    """Eight new tokens and their logits, as a tuple of tensors or of caches."""
-    defaults = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    """Six new tokens and their logits, as a tuple of tensors or of caches."""
+    defaults = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     torch.manual_seed(0)
     return model.generate(**inputs_of(model, length=6) | defaults | options)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("decoding", DECODING)
-@pytest.mark.parametrize("model_class", DECODERS)
+@pytest.mark.parametrize(
+    ("model_class", "decoding", "variant"),
+    [(cls, "greedy", variant) for cls, variant in with_variants(DECODERS, VARIANTS)]
+    + [(cls, decoding, "middle") for cls in DECODERS for decoding in DECODING if decoding != "greedy"],
+)
 def test_default_cache_gives_what_recomputation_gives(model_class: type, decoding: str, variant: str) -> None:
     model = steered(tiny_model(model_class), task_type="CAUSAL_LM", **VARIANTS[variant])
     expected = generate(model, use_cache=False, **DECODING[decoding])
@@ -41,8 +44,7 @@ def test_default_cache_gives_what_recomputation_gives(model_class: type, decodin
     assert not torch.allclose(base.logits[0], expected.logits[0], atol=1e-2)
 
 
-@pytest.mark.parametrize("variant", RANGES)
-@pytest.mark.parametrize("model_class", DECODERS)
+@pytest.mark.parametrize(("model_class", "variant"), with_variants(DECODERS, RANGES))
 def test_left_padding(model_class: type, variant: str) -> None:
     """A padded sentence continues as it does alone."""
     model = steered(tiny_model(model_class), task_type="CAUSAL_LM", **RANGES[variant])
@@ -57,17 +59,17 @@ def test_left_padding(model_class: type, variant: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "options",
-    [
-        {"cache_implementation": "static"},
-        {"cache_implementation": "dynamic"},
-        {"prefill_chunk_size": 4},
-        {CACHE: DynamicCache},
-    ],
-    ids=str,
+    ("model_class", "variant", "options"),
+    [(*pair, {"cache_implementation": "static"}) for pair in with_variants(DECODERS, RANGES)]
+    + list(
+        product(
+            DECODERS,
+            ["middle"],
+            [{"cache_implementation": "dynamic"}, {"prefill_chunk_size": 4}, {CACHE: DynamicCache}],
+        )
+    ),
+    ids=readable,
 )
-@pytest.mark.parametrize("variant", RANGES)
-@pytest.mark.parametrize("model_class", DECODERS)
 def test_kinds_of_caches(model_class: type, variant: str, options: dict[str, Any]) -> None:
     model = steered(tiny_model(model_class), task_type="CAUSAL_LM", **RANGES[variant])
     expected = generate(model, use_cache=False)
@@ -87,9 +89,12 @@ def test_assisted_decoding_crops_the_cache(model_class: type, variant: str) -> N
 # ---------------------------------------------------------------------------------------------- continuing a cache
 
 
-@pytest.mark.parametrize("recorded", [{}, {"output_attentions": True, "output_hidden_states": True}], ids=str)
-@pytest.mark.parametrize("variant", RANGES)
-@pytest.mark.parametrize("model_class", DECODERS)
+@pytest.mark.parametrize(
+    ("model_class", "variant", "recorded"),
+    [(*pair, {}) for pair in with_variants(DECODERS, RANGES)]
+    + [(cls, "middle", {"output_attentions": True, "output_hidden_states": True}) for cls in DECODERS],
+    ids=readable,
+)
 def test_continues_a_returned_cache(model_class: type, variant: str, recorded: dict[str, bool]) -> None:
     model = steered(tiny_model(model_class, attn_implementation="eager"), **RANGES[variant])
     ids = inputs_of(model, length=12)["input_ids"]
@@ -104,8 +109,7 @@ def test_continues_a_returned_cache(model_class: type, variant: str, recorded: d
     torch.testing.assert_close(torch.cat(parts, dim=1), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("variant", RANGES)
-@pytest.mark.parametrize("model_class", DECODERS)
+@pytest.mark.parametrize(("model_class", "variant"), with_variants(DECODERS, RANGES))
 def test_tuple_output_holds_the_callers_cache(model_class: type, variant: str) -> None:
     model = steered(tiny_model(model_class), **RANGES[variant])
     cache = DynamicCache(config=model.config)
@@ -114,8 +118,7 @@ def test_tuple_output_holds_the_callers_cache(model_class: type, variant: str) -
     assert model(**inputs_of(model), **{CACHE: cache})[CACHE] is cache
 
 
-@pytest.mark.parametrize("variant", RANGES)
-@pytest.mark.parametrize("model_class", DECODERS)
+@pytest.mark.parametrize(("model_class", "variant"), with_variants(DECODERS, RANGES))
 def test_generate_continues_a_returned_cache(model_class: type, variant: str) -> None:
     model = steered(tiny_model(model_class), task_type="CAUSAL_LM", **RANGES[variant])
     first = generate(model, max_new_tokens=4)
@@ -124,8 +127,7 @@ def test_generate_continues_a_returned_cache(model_class: type, variant: str) ->
     assert torch.equal(continued.sequences, generate(model, max_new_tokens=8, use_cache=False).sequences)
 
 
-@pytest.mark.parametrize("variant", RANGES)
-@pytest.mark.parametrize("model_class", DECODERS)
+@pytest.mark.parametrize(("model_class", "variant"), with_variants(DECODERS, RANGES))
 def test_copied_prefix_cache_is_reused(model_class: type, variant: str) -> None:
     """One cache of a common prefix, deep-copied for each continuation as the transformers documentation does."""
     model = steered(tiny_model(model_class), **RANGES[variant])
@@ -209,8 +211,7 @@ def two_adapters(model_class: type, other_range: dict[str, Any]) -> PeftModel:
     return model
 
 
-@pytest.mark.parametrize("variant", RANGES)
-@pytest.mark.parametrize("model_class", DECODERS)
+@pytest.mark.parametrize(("model_class", "variant"), with_variants(DECODERS, RANGES))
 def test_cache_of_the_base_model_is_refused(model_class: type, variant: str) -> None:
     model = steered(tiny_model(model_class), **RANGES[variant])
     with model.disable_adapter():
@@ -221,8 +222,7 @@ def test_cache_of_the_base_model_is_refused(model_class: type, variant: str) -> 
         assert step(model, cache).get_seq_length() == 18
 
 
-@pytest.mark.parametrize("variant", RANGES)
-@pytest.mark.parametrize("model_class", DECODERS)
+@pytest.mark.parametrize(("model_class", "variant"), with_variants(DECODERS, RANGES))
 def test_cache_is_refused_when_the_adapter_is_disabled(model_class: type, variant: str) -> None:
     model = steered(tiny_model(model_class), **RANGES[variant])
     cache = step(model)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
@@ -48,10 +49,12 @@ def batch(model: PeftModel) -> dict[str, torch.Tensor]:
 
 
 # Identities without weights, and whatever can be added: fixed matrices, low-rank products, the bias once more.
-@pytest.mark.parametrize("variant", [{"r": 4}, {"r": 4, "init_weights": False, "double_value_bias": True}], ids=str)
-@adapter_precisions
+@pytest.mark.parametrize(
+    ("model_class", "variant", "autocast_adapter"),
+    [(cls, {"r": 4}, autocast_adapter) for cls in VIT_AND_LLAMA for autocast_adapter in (True, False)]
+    + [(tf.ViTForImageClassification, {"r": 4, "init_weights": False, "double_value_bias": True}, False)],
+)
 @precisions
-@pytest.mark.parametrize("model_class", VIT_AND_LLAMA)
 def test_training_steps(
     model_class: type,
     base_dtype: torch.dtype,
@@ -76,9 +79,10 @@ def test_training_steps(
     assert all(p.isfinite().all() for p in trainable)
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 @precisions
-@pytest.mark.parametrize("model_class", VIT_AND_LLAMA)
+@pytest.mark.parametrize(
+    ("model_class", "use_reentrant"), [(tf.ViTForImageClassification, True), (tf.LlamaForCausalLM, False)]
+)
 def test_gradient_checkpointing_recomputes_in_the_same_precision(
     model_class: type, base_dtype: torch.dtype, autocast_dtype: torch.dtype | None, use_reentrant: bool
 ) -> None:

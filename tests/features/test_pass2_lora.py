@@ -4,6 +4,7 @@ import copy
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +114,10 @@ def by_hand(model_class: type, model: PeftModel, inputs: dict[str, Any]) -> torc
 # -------------------------------------------------------------------------------------------------------- the formula
 
 
-@pytest.mark.parametrize("gate", [None, "token", "sequence"])
-@pytest.mark.parametrize("variant", ["full", "middle"])
-@pytest.mark.parametrize("model_class", MODELS)
+@pytest.mark.parametrize(
+    ("model_class", "variant", "gate"),
+    [*product(MODELS, ["full"], [None]), *product(MODELS, ["middle"], ["token", "sequence"])],
+)
 def test_output_is_that_of_the_formula(model_class: type, variant: str, gate: str | None) -> None:
     model = both(model_class, variant, gate=gate or "token")
     if gate is None:
@@ -186,9 +188,13 @@ def test_value_projection_without_feedback_of_another_adapter_keeps_its_lora() -
 # ----------------------------------------------------------------------------------------------------------- training
 
 
-@pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "non-reentrant", "reentrant"])
 @pytest.mark.parametrize(
-    ("variant", "options"), [("full", LORA), ("late", LORA), ("full", ONLY), ("middle", ONLY), ("full", ONLY | BIASES)]
+    ("variant", "options", "checkpointing"),
+    [
+        (*row, None)
+        for row in (("full", LORA), ("late", LORA), ("full", ONLY), ("middle", ONLY), ("full", ONLY | BIASES))
+    ]
+    + [(*row, use_reentrant) for row in (("late", LORA), ("full", ONLY)) for use_reentrant in (False, True)],
 )
 @pytest.mark.parametrize("model_class", VIT_AND_LLAMA)
 def test_gradients(model_class: type, variant: str, options: dict[str, Any], checkpointing: bool | None) -> None:

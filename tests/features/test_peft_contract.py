@@ -37,7 +37,7 @@ from ..helpers import (
     takes_adapters,
     trained_everywhere,
 )
-from ..zoo import MODELS, NUM_BLOCKS, RANGES, VARIANTS, VIT_AND_LLAMA, tiny_model
+from ..zoo import MODELS, NUM_BLOCKS, RANGES, VARIANTS, VIT_AND_LLAMA, tiny_model, with_variants
 
 SAVED_FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
 
@@ -125,9 +125,11 @@ def with_two(model_class: type, first: dict[str, Any], second: dict[str, Any]) -
     return model
 
 
-@pytest.mark.parametrize("first", RANGES)
-@pytest.mark.parametrize("second", ["early", "late"])
-@pytest.mark.parametrize("model_class", VIT_AND_LLAMA)
+@pytest.mark.parametrize(
+    ("model_class", "first", "second"),
+    [(tf.LlamaForCausalLM, first, second) for first in RANGES for second in ("early", "late")]
+    + [(tf.ViTForImageClassification, "full", "late"), (tf.ViTForImageClassification, "middle", "early")],
+)
 def test_adapters_of_different_ranges(model_class: type, first: str, second: str, tmp_path: Path) -> None:
     """Each of two adapters does what it does alone."""
     model = with_two(model_class, RANGES[first], RANGES[second])
@@ -253,8 +255,7 @@ def test_inject_adapter_in_model(model_class: type) -> None:
 
 
 @takes_adapters
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("model_class", VIT_AND_LLAMA)
+@pytest.mark.parametrize(("model_class", "variant"), with_variants(VIT_AND_LLAMA, VARIANTS, [tf.LlamaForCausalLM]))
 def test_adapters_of_transformers(model_class: type, variant: str, tmp_path: Path) -> None:
     """`add_adapter`, `save_pretrained`, `load_adapter`, switching and deleting on the transformers model itself."""
     wrapped = steered(tiny_model(model_class), **VARIANTS[variant])

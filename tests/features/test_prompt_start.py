@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from toast_peft import TopDownConfig, feedback_statistics, initialize_feedback
 
 from ..helpers import adapted, blocks_of, counted_block_calls, features_of, output_of, paths_of
-from ..zoo import HIDDEN_SIZE, NUM_BLOCKS, VIT_AND_LLAMA, ZOO, inputs_of, tiny_model, variant_of
+from ..zoo import HIDDEN_SIZE, NUM_BLOCKS, VIT_AND_LLAMA, ZOO, inputs_of, tiny_model, variant_of, with_variants
 from .test_wiring import Block
 
 RANDOM_SENTENCE = "starts at random"
@@ -54,8 +54,7 @@ def narrow(model_class: type) -> nn.Module:
     return base
 
 
-@pytest.mark.parametrize("variant", ["full", "early"])
-@pytest.mark.parametrize("model_class", ZOO)
+@pytest.mark.parametrize(("model_class", "variant"), with_variants(ZOO, ["full", "early"]))
 def test_every_supported_model_runs_by_itself(model_class: type, variant: str) -> None:
     """From its weights alone, each path of it gets a prompt, with entries that are neither small nor large."""
     with no_sentence():

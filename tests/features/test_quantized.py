@@ -1,5 +1,6 @@
 """Quantised base models: bitsandbytes 8-bit and 4-bit, torchao int8 weights, all on CPU."""
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +86,10 @@ def test_a_model_in_evaluation_mode_can_be_trained(model_class: type, quantizati
     assert losses[-1] < 0.9 * losses[0], losses
 
 
-@pytest.mark.parametrize("variant", ["full", "lite", "middle"])
+@pytest.mark.parametrize(
+    ("model_class", "variant"), [(tf.LlamaForCausalLM, "lite"), *product(VIT_AND_LLAMA, ["middle"])]
+)
 @quantizations
-@both_models
 def test_trained_saved_and_loaded(
     model_class: type, quantization: str, variant: str, checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -108,9 +110,15 @@ def test_trained_saved_and_loaded(
         assert_same(output_of(model), base_output)
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "non-reentrant", "reentrant"])
+@pytest.mark.parametrize(
+    ("model_class", "checkpointing"),
+    [
+        (tf.ViTForImageClassification, "none"),
+        (tf.ViTForImageClassification, "non-reentrant"),
+        (tf.LlamaForCausalLM, "reentrant"),
+    ],
+)
 @quantizations
-@both_models
 def test_prepare_model_for_kbit_training(
     model_class: type, quantization: str, checkpointing: str, checkpoint: Path
 ) -> None:

@@ -22,7 +22,7 @@ from toast_peft import TopDownConfig
 from toast_peft.core.topdown_layer import belongs_to
 
 from ..helpers import adapted, assert_same, loss_of, output_of, steered, trained_everywhere
-from ..zoo import NUM_BLOCKS, VARIANTS, VIT_AND_LLAMA, tiny_model
+from ..zoo import NUM_BLOCKS, VARIANTS, VIT_AND_LLAMA, tiny_model, with_variants
 
 SAVED_FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
 BACKBONE_NAMES = {tf.ViTForImageClassification: "vit", tf.LlamaForCausalLM: "model"}
@@ -83,9 +83,11 @@ EXTRA = {
 }
 
 
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True], ids=["", "low_cpu_mem_usage"])
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("model_class", EXTRA)
+@pytest.mark.parametrize(
+    ("model_class", "variant", "low_cpu_mem_usage"),
+    [(*pair, False) for pair in with_variants(EXTRA, VARIANTS)]
+    + [(cls, variant, True) for cls in EXTRA for variant in ("lite", "middle")],
+)
 def test_loaded_adapter_is_equal(model_class: type, variant: str, low_cpu_mem_usage: bool, tmp_path: Path) -> None:
     model = trained_everywhere(model_class, **EXTRA[model_class], **VARIANTS[variant])
     folder = saved(model, tmp_path)

@@ -28,6 +28,8 @@ DECODING: dict[str, dict[str, Any]] = {
     "recorded": {"output_hidden_states": True, "output_attentions": True},
 }
 
+# All are tried with blocks that run in one pass only, and one of them also without.
+ON_DECODERS = [(tf.LlamaForCausalLM, "full"), *((cls, "middle") for cls in DECODERS)]
 EAGER = {"attn_implementation": "eager"}  # in which attentions can be recorded
 
 
@@ -94,8 +96,7 @@ def self_attention(cache: Cache) -> Cache:
 
 
 @pytest.mark.parametrize("decoding", DECODING)
-@pytest.mark.parametrize("variant", ["full", "middle"])
-@pytest.mark.parametrize("model_class", DECODERS)
+@pytest.mark.parametrize(("model_class", "variant"), ON_DECODERS)
 def test_closed_generation_is_that_of_the_base_model(model_class: type, variant: str, decoding: str) -> None:
     """Bit for bit, with as many calls of each block and as many layers in the cache."""
     options = EAGER if decoding == "recorded" else {}
@@ -130,10 +131,12 @@ def test_output_has_the_callers_cache(cache_class: type | None, return_dict: boo
 # ------------------------------------------------------------------------------------------- the first feedback comes
 
 
-@pytest.mark.parametrize("first", [0, 3])
-@pytest.mark.parametrize("decoding", DECODING)
-@pytest.mark.parametrize("variant", ["full", "middle"])
-@pytest.mark.parametrize("model_class", DECODERS)
+@pytest.mark.parametrize(
+    ("model_class", "variant", "decoding", "first"),
+    [(*pair, decoding, 3) for pair in ON_DECODERS for decoding in DECODING]
+    + [(tf.LlamaForCausalLM, "middle", decoding, 0) for decoding in DECODING]
+    + [(cls, "full", "greedy", 0) for cls in DECODERS],
+)
 def test_generation_that_opens_is_as_without_the_option(
     model_class: type, variant: str, decoding: str, first: int
 ) -> None:
@@ -146,15 +149,15 @@ def test_generation_that_opens_is_as_without_the_option(
 
 
 @pytest.mark.parametrize("first", [0, 3, NEVER])
-@pytest.mark.parametrize("variant", ["full", "middle"])
 @pytest.mark.parametrize(
-    ("model_class", "decoding"),
+    ("model_class", "variant", "decoding"),
     [
-        (tf.T5ForConditionalGeneration, "greedy"),
-        (tf.T5ForConditionalGeneration, "beam"),
-        (tf.T5ForConditionalGeneration, "static"),
-        (tf.WhisperForConditionalGeneration, "greedy"),
-        (tf.WhisperForConditionalGeneration, "static"),
+        (tf.T5ForConditionalGeneration, "full", "greedy"),
+        (tf.T5ForConditionalGeneration, "middle", "greedy"),
+        (tf.T5ForConditionalGeneration, "middle", "beam"),
+        (tf.T5ForConditionalGeneration, "middle", "static"),
+        (tf.WhisperForConditionalGeneration, "full", "greedy"),
+        (tf.WhisperForConditionalGeneration, "middle", "static"),
     ],
 )
 def test_decoder_with_cross_attention(model_class: type, variant: str, decoding: str, first: int) -> None:
@@ -260,8 +263,15 @@ CONTINUED = [
 
 
 @pytest.mark.parametrize("first", [1, 3])
-@pytest.mark.parametrize("variant", RANGES)
-@pytest.mark.parametrize(("model_class", "kind", "between"), CONTINUED)
+@pytest.mark.parametrize(
+    ("model_class", "kind", "between", "variant"),
+    [
+        (*row, variant)
+        for row in CONTINUED
+        for variant in RANGES
+        if variant == "middle" or (row[0] is tf.LlamaForCausalLM and row[2] == "nothing")
+    ],
+)
 def test_continued_cache(model_class: type, variant: str, kind: str, between: str, first: int) -> None:
     results = []
     for model in two_models(model_class, variant):

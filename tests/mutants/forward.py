@@ -87,7 +87,7 @@ IN_A_FORWARD = [
         "pass 1: without a graph where something below is trained",
         "with nullcontext() if needs_graph else torch.no_grad(),",
         "with torch.no_grad(),",
-        "features/test_checkpointing.py -k 'trained_embeddings and ViT and plain'",
+        "features/test_checkpointing.py -k 'trained_embeddings and ViT and None'",
     ),
     Mutant(
         "pass 1: a graph of a frozen model",
@@ -184,7 +184,7 @@ IN_A_FORWARD = [
         "training: something trained below the feedback is not seen",
         "parameter.requires_grad:\n                return True",
         "parameter.requires_grad:\n                return False",
-        "features/test_checkpointing.py -k 'trained_embeddings and ViT and plain'",
+        "features/test_checkpointing.py -k 'trained_embeddings and ViT and None'",
     ),
     Mutant(
         "closed rows: an open one gets pass 1",

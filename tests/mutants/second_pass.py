@@ -53,7 +53,7 @@ OF_THE_SECOND_PASS = [
         "LoRA of pass 2: no gradient from reentrant checkpointing",
         "*self.trained_inside(again)]",
         "]",
-        f"{LORA}'gradients and ViT and full-options2 and reentrant'",
+        f"{LORA}'gradients and ViT and full and True'",
     ),
     Mutant(
         "LoRA of pass 2: lost where the values are computed anew",
