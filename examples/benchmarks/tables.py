@@ -13,6 +13,7 @@ RESULTS = Path(__file__).parent / "results"
 IMAGES = ("dtd10", "flowers5", "cifar10")
 MOSAICS = ("dtd10", "flowers5")
 TARGET = "target perplexity"
+SHORT, LONG = 215, 1000  # trainings on Shakespeare, in steps
 CHANGES = ("mean change", "largest change")  # of the perplexities of the sources, in per cent
 
 
@@ -155,9 +156,15 @@ def limit_row(tested: pd.DataFrame) -> dict[str, str]:
     return row
 
 
-def forgetting(change: str = CHANGES[0]) -> pd.DataFrame:
-    """What each method reaches at a change of 1 % of the other domains, in the mean or the largest."""
-    return limit_table(pd.read_csv(RESULTS / "forgetting_tinyshakespeare.csv"), 1.0, change)
+def forgetting(change: str = CHANGES[0], steps: int = SHORT) -> pd.DataFrame:
+    """What each method reaches at a change of 1 % of the other domains, in the mean or the largest.
+
+    Args:
+        change: the column with it.
+        steps: how long was trained.
+    """
+    ending = "" if steps == SHORT else f"_{steps}_steps"
+    return limit_table(pd.read_csv(RESULTS / f"forgetting_tinyshakespeare{ending}.csv"), 1.0, change)
 
 
 def segmentation() -> pd.DataFrame:
@@ -237,5 +244,6 @@ def mask_shares() -> pd.DataFrame:
 
 
 if __name__ == "__main__":
-    for table in (images(), *map(forgetting, CHANGES), segmentation(), focus(), curves(), mask_shares()):
+    texts = (forgetting(change, steps) for steps in (SHORT, LONG) for change in CHANGES)
+    for table in (images(), *texts, segmentation(), focus(), curves(), mask_shares()):
         print(table.to_markdown(disable_numparse=True), end="\n\n")
