@@ -20,6 +20,12 @@ OF_THE_SECOND_PASS = [
         f"{LORA}'that_of_the_formula and ViT and full-None'",
     ),
     Mutant(
+        "LoRA of pass 2: biases alone count as nothing",
+        "return adapter_name in self.topdown_pass2_A or adapter_name in self.topdown_pass2_bias",
+        "return adapter_name in self.topdown_pass2_A",
+        f"{LORA}'biases_alone and ViT'",
+    ),
+    Mutant(
         "LoRA of pass 2: of blocks below the loop",
         "list(enumerate(stack.blocks))[last:]",
         "list(enumerate(stack.blocks))",
