@@ -57,6 +57,7 @@ class _Recorder:
         yield attention.register_forward_hook(self.keep)
 
     def note_size(self, block: nn.Module, args: tuple[Any, ...]) -> None:
+        """The block gets a map of this size."""
         self.size = map_size(args[1:])
 
     def ask(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -65,6 +66,7 @@ class _Recorder:
         return args, kwargs | asked
 
     def keep(self, attention: nn.Module, args: tuple, output: tuple[Any, ...]) -> None:
+        """Put what each key receives back on the map."""
         if len(output) < 2 or output[1] is None:  # it is not eager
             return
         weights = output[1].detach().float()
