@@ -24,7 +24,7 @@ import transformers as tf
 from peft import PeftModel
 from torch import nn
 
-pytestmark = pytest.mark.usefixtures("library_is_read_once")
+pytestmark = pytest.mark.usefixtures("library_is_small")
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "examples"
 SCRIPTS = (

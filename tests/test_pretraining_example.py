@@ -20,7 +20,7 @@ OPTIONS += ["--lr_scheduler_type", "constant", "--save_strategy", "steps", "--sa
 
 
 @pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory, library_is_read_once: None) -> Path:
+def bases(tmp_path_factory: pytest.TempPathFactory, library_is_small: None) -> Path:
     """The small models of the examples, hardly pre-trained, and images with labels."""
     folder = tmp_path_factory.mktemp("bases")
     image_classification.pretrain(folder / "images", steps=2)

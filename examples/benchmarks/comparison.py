@@ -67,7 +67,7 @@ class ComparisonArguments:
     )
     store_features: str | None = field(
         default=None,
-        metadata={"help": "Folder where pass 1 of each TOAST method is stored, to be run once for all trainings."},
+        metadata={"help": "Folder where pass 1 of each method with two is stored, to be run once for all trainings."},
     )
     dataset_name: str | None = field(
         default=None,
@@ -299,7 +299,7 @@ class Comparison(ABC):
         optimizer = make_optimizer(model, learning_rate, weight_decay, new_modules)
         strength = Strength(model, peft_options.get("modules_to_save", []))
         data, collate = rows + self.replayed(round(METHODS[method].replay * len(rows))), self.collate
-        if self.arguments.store_features is not None and method.startswith("toast"):
+        if self.arguments.store_features is not None and method.startswith(("toast", "pass2")):
             folder = Path(self.arguments.store_features) / method / ("train" if split == "test" else "search")
             data = store_features(model, rows, folder, data_collator=collate)
             collate = data.collate

@@ -17,9 +17,9 @@ from ..zoo import inputs_of, tiny_model
 
 pytestmark = pytest.mark.slow
 NUM_STEPS = 3
-# On models as small as can be: each block is compiled once for each pass. In "middle" the first of three blocks runs
-# in pass 1 only, the second in both, the third in pass 2 only.
-VARIANTS = {"full": {}, "lite": {"r": 4}, "middle": {"feedback_from": 2, "feedback_to": 1}}
+# On models as small as can be: each block is compiled once for each pass. For "full" code is generated. In "middle"
+# the first of three blocks runs in pass 1 only, the second in both, the third in pass 2 only.
+VARIANTS = {"full": {"num_blocks": 1}, "lite": {"r": 4}, "middle": {"feedback_from": 2, "feedback_to": 1}}
 # Inductor needs a C++ compiler on CPU; without one the graph is at least captured and differentiated.
 BACKEND = "inductor" if any(map(shutil.which, ("c++", "g++", "clang++"))) else "aot_eager"
 
@@ -45,9 +45,9 @@ def compile_only_once(step: int) -> torch.compiler.set_stance:
     return torch.compiler.set_stance("default" if step == 0 else "fail_on_recompile")
 
 
-def steered_model(model_class: type, **options: Any) -> PeftModel:
+def steered_model(model_class: type, num_blocks: int | None = None, **options: Any) -> PeftModel:
     """A model with an adapter."""
-    num_blocks = 1 + options.get("feedback_from", 1)
+    num_blocks = num_blocks or 1 + options.get("feedback_from", 1)
     # A ViT otherwise guesses the problem type in its first forward and stores it, for which it is compiled twice.
     base = tiny_model(model_class, problem_type="single_label_classification", num_hidden_layers=num_blocks)
     return steered(base, **options)
@@ -160,11 +160,14 @@ def test_training_with_evaluation_in_between(model_class: type, how: str, eager_
 
 
 @pytest.mark.parametrize(
-    ("model_class", "use_reentrant"), [(tf.ViTForImageClassification, True), (tf.LlamaForCausalLM, False)]
+    ("model_class", "use_reentrant", "num_blocks"),
+    [(tf.ViTForImageClassification, True, 2), (tf.LlamaForCausalLM, False, 1)],
 )
-def test_gradient_checkpointing_as_people_switch_it_on(model_class: type, use_reentrant: bool) -> None:
+def test_gradient_checkpointing_as_people_switch_it_on(
+    model_class: type, use_reentrant: bool, num_blocks: int
+) -> None:
     """With the hook that PEFT adds and the warning that transformers gives, which break the graph."""
-    plain, model = (steered_model(model_class).train() for _ in range(2))
+    plain, model = (steered_model(model_class, num_blocks).train() for _ in range(2))
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     run = as_people_call_it(model, "torch.compile")
     for step in range(2):
