@@ -33,14 +33,24 @@ from .test_trainer import trainer_for
 FACTORS = {"prompt", "transform", "linear1_A", "linear1_B", "linear2_A", "linear2_B"}
 
 
+@pytest.fixture(scope="module")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("base_feedback")
+    tiny_model(tf.ViTForImageClassification).save_pretrained(path / "model")
+    steered(base_of(path)).save_pretrained(path / "full")
+    lite = train(shared(path / "full", base_of(path)))
+    lite.save_pretrained(path / "lite")
+    torch.save(output_of(lite), path / "output")
+    return path
+
+
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(made_once: Path, tmp_path: Path) -> Path:
     """With `model`, `full`, an adapter on it, `lite`, an adapter that shares its matrices, and the latter's output."""
-    tiny_model(tf.ViTForImageClassification).save_pretrained(tmp_path / "model")
-    steered(base_of(tmp_path)).save_pretrained(tmp_path / "full")
-    lite = train(shared(tmp_path / "full", base_of(tmp_path)))
-    lite.save_pretrained(tmp_path / "lite")
-    torch.save(output_of(lite), tmp_path / "output")
+    shutil.copytree(made_once, tmp_path, dirs_exist_ok=True)
+    for name in ("full", "lite"):  # they name each other and the model by their paths
+        file = tmp_path / name / "adapter_config.json"
+        file.write_text(file.read_text().replace(str(made_once), str(tmp_path)))
     return tmp_path
 
 

@@ -1,6 +1,7 @@
 """What is refused: with one message that says what is wrong, and the model left as it was."""
 
 import copy
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -174,10 +175,16 @@ OTHER_BASES = {
 }
 
 
+@pytest.fixture(scope="module")
+def saved_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("saved")
+    steered(tiny_model(tf.LlamaForCausalLM)).save_pretrained(path)
+    return path
+
+
 @pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    steered(tiny_model(tf.LlamaForCausalLM)).save_pretrained(tmp_path)
-    return tmp_path
+def saved(saved_once: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(saved_once, tmp_path, dirs_exist_ok=True)
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True], ids=["", "low_cpu_mem_usage"])
