@@ -115,13 +115,14 @@ def test_more_seeds_and_tries_only_add_trainings(compare: Callable, trainings: l
     assert list(more["seed"]) == [42, 42, 42, 43, 44]
 
 
-def test_stored_features_change_no_result(compare: Callable, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["toast-late", "pass2-lora-biases"])
+def test_stored_features_change_no_result(method: str, compare: Callable, tmp_path: Path) -> None:
     measured = [
-        compare("toast-late", "--output_dir", str(tmp_path / name), *options)[["accuracy", "loss"]]
+        compare(method, "--output_dir", str(tmp_path / name), *options)[["accuracy", "loss"]]
         for name, options in (("plain", []), ("stored", ["--store_features", str(tmp_path / "features")]))
     ]
     pd.testing.assert_frame_equal(*measured, rtol=1e-4)
-    assert {path.name for path in (tmp_path / "features" / "toast-late").iterdir()} == {"search", "train"}
+    assert {path.name for path in (tmp_path / "features" / method).iterdir()} == {"search", "train"}
 
 
 def test_trainings_of_other_settings_are_refused(compare: Callable, pretrained_feedback: list[str | None]) -> None:
