@@ -63,9 +63,9 @@ def test_public_names_exist(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name, page in PAGES.items() if "TopDownConfig" in page])
 def test_options_and_stages_exist(name: str) -> None:
     """Also in the sentences between the code."""
-    for stage, arguments in re.findall(r"TopDownConfig(\.official_stage)?\(([^()]*)\)", PAGES[name]):
+    for stage, arguments in re.findall(r"TopDownConfig(\.official_stage|\.for_images)?\(([^()]*)\)", PAGES[name]):
         assert set(re.findall(r"(\w+)=", arguments)) <= set(TopDownConfig.__dataclass_fields__)
-        if stage:
+        if stage == ".official_stage":
             assert ast.literal_eval(arguments.split(",")[0]) in OFFICIAL_STAGES
 
 

@@ -72,9 +72,7 @@ METHODS = {
     "toast-late": Method(2e-4, 3e-3, partial(TopDownConfig, feedback_to=0.5)),
     "toast-lite": Method(1e-3, 1e-2, _lite),
     "toast-lite-initialized": Method(1e-3, 1e-2, _lite),
-    "toast-lite-pass2-lora-biases": Method(
-        1e-3, None, partial(_lite, pass2_target_modules="all-linear", **_pass2_lora_biases)
-    ),
+    "toast-lite-pass2-lora-biases": Method(1e-3, None, TopDownConfig.for_images),
     "toast-lite-transform-8": Method(1e-3, 1e-2, partial(_lite, transform_r=8)),
     "toast-lite-early": Method(1e-3, 1e-2, partial(_lite, feedback_from=0.5)),
     "toast-lite-late": Method(1e-3, 1e-2, partial(_lite, feedback_to=0.5)),

@@ -7,10 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from peft import PeftConfig, PeftType
+import transformers as tf
+from peft import PeftConfig, PeftType, get_peft_model
 
 from toast_peft import TopDownConfig
 from toast_peft.config import TRAINABLE_PARTS
+
+from ..zoo import tiny_model
 
 OWN = TopDownConfig.__annotations__
 
@@ -168,3 +171,12 @@ def test_trainable_parts_in_one_order(parts: Any) -> None:
 
 def test_one_part_as_a_string() -> None:
     assert TopDownConfig(trainable_parts="prompt").trainable_parts == ["prompt"]
+
+
+def test_recipe_for_images() -> None:
+    """Options are added to it, or are others than those that it sets."""
+    model = get_peft_model(tiny_model(tf.ViTForImageClassification), TopDownConfig.for_images(pass2_r=4))
+    trained = {name.split("topdown_")[-1].split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+    factors = {f"{layer}_{factor}" for layer in ("linear1", "linear2") for factor in "AB"}
+    assert trained == {"prompt", "transform", "pass2_A", "pass2_B", "pass2_bias"} | factors
+    assert {len(p) for name, p in model.named_parameters() if "pass2_A" in name} == {4}
