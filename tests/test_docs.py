@@ -305,6 +305,15 @@ def reached(table: Callable[[], pd.DataFrame]) -> pd.Series:
     return values if gated.empty else pd.concat([values, pd.Series({"gated": gated.min()})])
 
 
+def test_readme_sums_up_what_was_measured_on_images() -> None:
+    readme, mean = " ".join(README.split()), TABLES["images"]()["mean"].rename(lambda name: name.strip("`"))
+    best = mean[mean.index.str.contains("toast|pass2")].astype(float).idxmax()
+    assert best == "toast-lite-pass2-lora-biases"
+    assert f"({mean[best]} %) was level with LoRA on all linear layers ({mean['lora-all-linear']} %)" in readme
+    plain = f"plain TOAST lower ({mean['toast']}, Lite {mean['toast-lite']} %)"
+    assert f"and BitFit ({mean['bitfit']} %), {plain}" in readme
+
+
 def test_readme_sums_up_what_was_measured() -> None:
     mean, largest = map(reached, FORGETTING.values())
     readme = " ".join(README.split())
