@@ -35,7 +35,7 @@ _INDEXER = {f"indexer_{name}": size for name, size in (("n_heads", 2), ("kv_head
 
 # A dict for a config inside of another is added to that one's small sizes.
 OVERRIDES: dict[str, dict[str, Any]] = {
-    "align": {"vision_config": {"hidden_dim": 640}, "projection_dim": 640},
+    "align": {"vision_config": {"hidden_dim": 640, "depth_coefficient": 0.1}, "projection_dim": 640},
     "apertus1p5": {
         "text_config": {"vocab_size": 99},
         "vision_config": {"codebook_size": 8},

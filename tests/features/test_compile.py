@@ -142,7 +142,7 @@ def as_people_call_it(model: PeftModel, how: str) -> Callable[..., Any]:
     ],
 )
 def test_training_with_evaluation_in_between(model_class: type, how: str, eager_call_before: bool) -> None:
-    plain, model = (steered_model(model_class, r=4).train() for _ in range(2))
+    plain, model = (steered_model(model_class, num_blocks=1, r=4).train() for _ in range(2))
     if eager_call_before:
         model(**training_batch(model, 0))
     run = as_people_call_it(model, how)

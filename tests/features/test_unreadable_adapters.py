@@ -20,7 +20,7 @@ from ..zoo import tiny_model
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    steered(tiny_model(tf.LlamaForCausalLM)).save_pretrained(tmp_path)
+    steered(tiny_model(tf.LlamaForCausalLM), init_prompt="features").save_pretrained(tmp_path)
     return tmp_path
 
 
