@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of what tests start as well; there is one test for each core
 
 import pytest
 import torch
