@@ -55,7 +55,7 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(20_000, 20, 20)
 
 
-# What the examples learn: some of what they find in it, the last three about numbers.
+# The modules of Python's library that the examples learn in tests, the last three about numbers.
 MODULES = ("argparse", "datetime", "enum", "socket", "tarfile", "threading", "_pydecimal", "fractions", "statistics")
 
 

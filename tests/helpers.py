@@ -55,12 +55,12 @@ def steer(model: PeftModel, name: str = "default", inputs: Inputs | None = None)
     """Change the weights of an adapter by noise; turn its prompts to some features, or the mask might be zero."""
     add_noise(*(p for key, p in model.named_parameters() if "topdown_" in key and f".{name}." in key))
     active = model.active_adapter
-    if active == name:  # switching walks over all modules
-        turn_prompts(model, name, inputs)
-        return
-    model.set_adapter(name)
+    switches = active != name  # which walks over all modules
+    if switches:
+        model.set_adapter(name)
     turn_prompts(model, name, inputs)
-    model.set_adapter(active)
+    if switches:
+        model.set_adapter(active)
 
 
 def turn_prompts(model: nn.Module, name: str = "default", inputs: Inputs | None = None) -> None:

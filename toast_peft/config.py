@@ -21,6 +21,7 @@ OFFICIAL_STAGES: dict[str, dict[str, Any]] = {
     "llama-tuning": {"trainable_parts": ["prompt", "linear2"]},
     "llama-lite": {"trainable_parts": ["prompt", "linear1", "linear2"], "r": 4, "lora_alpha": 1},
 }
+# What `TopDownConfig.for_images` sets.
 _FOR_IMAGES: dict[str, Any] = {
     "r": 8,
     "pass2_target_modules": "all-linear",
