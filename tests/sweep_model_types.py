@@ -88,7 +88,6 @@ def examine(model_type: str) -> Row:
     """Build a model of the type, adapt it and check it."""
     try:
         base, inputs = tiny_model(model_type)
-        expected = expected_of(base, inputs)
     except Exception as error:  # the model itself
         return _without_inputs(model_type, f"{type(error).__name__}: {error}")
     another = copy.deepcopy(base)
@@ -98,6 +97,7 @@ def examine(model_type: str) -> Row:
         return Row(model_type, "", "refused", str(error))
     except Exception as error:
         return Row(model_type, "", "wrong", f"adapting: {type(error).__name__}: {error}")
+    expected = expected_of(another, inputs)
     backbones = {path.selection.topdown_config["default"].backbone_type for path in _paths(model)}
     found = "row" if backbones <= _FOUND_BY_ROW else "structure"
     checks = (

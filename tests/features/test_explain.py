@@ -10,12 +10,12 @@ import torch
 import transformers as tf
 from torch import nn
 
-from toast_peft import Explanation, TopDownConfig, explain
+from toast_peft import Explanation, explain
 from toast_peft.explanation.attention import View, attention_rollout, of_class_token, scale_limit
 from toast_peft.explanation.grids import covered, images_of, on_grid, patch_grid
 
 from ..golden.reference import reference_feedback, reference_forward
-from ..helpers import adapted, assert_same, features_of, output_of, paths_of, state_of, steer, steered
+from ..helpers import adapted, assert_same, features_of, output_of, paths_of, state_of, steered
 from ..zoo import RANGES, VISION_TOWERS, VIT_AND_LLAMA, images, inputs_of, tiny_model
 
 WITH_ATTENTIONS = [
@@ -103,21 +103,6 @@ def test_fused_feedback_is_explained_as_not_fused(model_class: type) -> None:
     for block, norm in expected.feedback_norm.items():
         np.testing.assert_allclose(found.feedback_norm[block], norm, rtol=1e-4)
     np.testing.assert_allclose(found.second.logits, expected.second.logits, rtol=1e-3, atol=1e-4)
-
-
-def test_active_adapter_of_several() -> None:
-    model = steered(tiny_model(tf.ViTForImageClassification, attn_implementation="eager"))
-    inputs = inputs_of(model)
-    first = explain(model, inputs)
-    model.add_adapter("late", TopDownConfig(feedback_to=2))
-    torch.manual_seed(3)
-    steer(model, "late")
-    np.testing.assert_array_equal(explain(model, inputs).second.logits, first.second.logits)
-    model.set_adapter("late")
-    late = explain(model, inputs)
-    assert sorted(late.feedback_norm) == [2, 3]
-    np.testing.assert_array_equal(late.second.logits, logits_of(model, inputs))
-    np.testing.assert_array_equal(late.first.logits, first.first.logits)
 
 
 def test_bfloat16() -> None:

@@ -1,15 +1,14 @@
 """How much gets through the mask: `feedback_statistics`, and the callback that logs it."""
 
 import copy
+import json
 import pickle
-import sys
+import sqlite3
 import threading
 import warnings
 from collections.abc import Callable
-from contextvars import ContextVar
-from importlib.machinery import ModuleSpec
+from contextlib import closing
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -227,20 +226,6 @@ def test_callback_warns_once_when_no_token_is_open(tmp_path: Path) -> None:
     assert "(open_tokens is 0)" in messages[0] and "initialize_feedback" in messages[0]
 
 
-class Writer(tf.TrainerCallback):
-    """Stands for transformers' TensorBoardCallback, which closes before other callbacks see the end of training."""
-
-    def __init__(self) -> None:
-        self.tb_writer: Writer | None = self
-        self.figures: list[tuple[str, int]] = []
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        self.tb_writer = None
-
-    def add_figure(self, name: str, figure: Any, step: int) -> None:
-        self.figures.append((name, step))
-
-
 @pytest.mark.parametrize("model_class", VIT_AND_LLAMA)
 def test_pictures_are_drawn_beside_the_same_training(model_class: type, tmp_path: Path) -> None:
     weights, histories = [], []
@@ -249,15 +234,12 @@ def test_pictures_are_drawn_beside_the_same_training(model_class: type, tmp_path
         model = new_model(model_class)
         trainer = trainer_for(model, tmp_path, max_steps=5, logging_steps=1, eval_strategy="no", save_strategy="no")
         samples = inputs_of(model, batch_size=2) if draws else None
-        writer = Writer()
-        trainer.add_callback(writer)
         trainer.add_callback(FeedbackCallback(trainer, samples, picture_steps=2))
         trainer.train()
         weights.append(dict(model.named_parameters()))
         histories.append(
             [{n: v for n, v in entry.items() if "train_" not in n} for entry in trainer.state.log_history]
         )
-        assert writer.figures == [("feedback", step) for step in (0, 2, 4, 5) if draws]
     assert histories[0] == histories[1]
     assert all(torch.equal(weights[1][name], weight) for name, weight in weights[0].items())
     names = sorted(path.name for path in (tmp_path / "feedback").iterdir())
@@ -265,51 +247,28 @@ def test_pictures_are_drawn_beside_the_same_training(model_class: type, tmp_path
     assert all((tmp_path / "feedback" / name).read_bytes().startswith(b"\x89PNG") for name in names)
 
 
-class Trackio(ModuleType):
-    """The interface of trackio 0.43 that transformers and the pictures use."""
-
-    def __init__(self) -> None:
-        super().__init__("trackio")
-        self.__spec__ = ModuleSpec("trackio", None)
-        self.__version__ = "0.43.0"
-        self.context_vars = SimpleNamespace(current_space_id=ContextVar("space", default=None))
-        self.config = self.Config()
-        self.is_running = False
-        self.logged: list[dict[str, Any]] = []
-
-    def init(self, project: str, name: str | None = None, **options: Any) -> None:
-        self.is_running = True
-
-    def finish(self) -> None:
-        self.is_running = False
-
-    def log(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        if not self.is_running:
-            raise RuntimeError("Call trackio.init() before trackio.log().")
-        self.logged.append(metrics)
-
-    class Config(dict):
-        def update(self, values: dict[str, Any], allow_val_change: bool = False) -> None:
-            super().update(values)
-
-    class Image:
-        def __init__(self, value: str, caption: str | None = None) -> None:
-            self.content = Path(value).read_bytes()
-
-
-def test_pictures_go_to_trackio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trackio = Trackio()
-    monkeypatch.setitem(sys.modules, "trackio", trackio)
+def test_pictures_go_to_tensorboard_and_trackio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The packages themselves, as both close their reports before other callbacks see the end of the training."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # which it reads when it is imported
+    pytest.importorskip("trackio")
     model = new_model(tf.ViTForImageClassification)
-    trainer = trainer_for(
-        model, tmp_path, report_to="trackio", max_steps=3, logging_steps=1, eval_strategy="no", save_strategy="no"
-    )
+    options = {"max_steps": 3, "logging_steps": 1, "eval_strategy": "no", "save_strategy": "no"}
+    reports = {"report_to": ["tensorboard", "trackio"], "project": "pictures", "run_name": "first"}
+    trainer = trainer_for(model, tmp_path, **options, **reports)
     trainer.add_callback(FeedbackCallback(trainer, inputs_of(model, batch_size=2), picture_steps=2))
     trainer.train()
-    pictures = [metrics for metrics in trackio.logged if "feedback" in metrics]
-    assert [metrics["train/global_step"] for metrics in pictures] == [0, 2, 3]
-    for metrics in pictures:
-        file = tmp_path / "feedback" / f"step_{metrics['train/global_step']:06d}.png"
-        assert metrics["feedback"].content == file.read_bytes()
-    assert any("train/feedback_open_tokens" in metrics for metrics in trackio.logged)
-    assert not trackio.is_running
+    drawn = {step: (tmp_path / "feedback" / f"step_{step:06d}.png").read_bytes() for step in (0, 2, 3)}
+
+    [events] = tmp_path.rglob("events.out.tfevents.*")
+    reported = accumulator.EventAccumulator(str(events.parent), size_guidance={"images": 0}).Reload()
+    assert [image.step for image in reported.Images("feedback")] == [0, 2, 3]
+    assert all(image.encoded_image_string.startswith(b"\x89PNG") for image in reported.Images("feedback"))
+    assert [scalar.step for scalar in reported.Scalars("train/feedback_open_tokens")] == [1, 2, 3]
+
+    with closing(sqlite3.connect(tmp_path / "trackio" / "pictures.db")) as database:
+        logged = [json.loads(metrics) for [metrics] in database.execute("SELECT metrics FROM metrics ORDER BY step")]
+    pictures = {metrics["train/global_step"]: metrics["feedback"] for metrics in logged if "feedback" in metrics}
+    media = tmp_path / "trackio" / "media"
+    assert {step: (media / picture["file_path"]).read_bytes() for step, picture in pictures.items()} == drawn
+    assert sum("train/feedback_open_tokens" in metrics for metrics in logged) == 3

@@ -10,7 +10,7 @@ import transformers as tf
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from toast_peft import TopDownConfig, explain, feedback_statistics, fit_gate, initialize_feedback, store_features
+from toast_peft import TopDownConfig, feedback_statistics, fit_gate, initialize_feedback, store_features
 from toast_peft.callback import mask_statistics
 
 from ..helpers import (
@@ -377,14 +377,13 @@ def test_what_has_no_sum_is_refused(option: dict[str, Any], training: bool) -> N
 @pytest.mark.parametrize(
     "call",
     [
-        lambda model, inputs: explain(model, inputs),
         lambda model, inputs: initialize_feedback(model, [inputs], "default"),
         lambda model, inputs: fit_gate(model, [inputs], [inputs], "default"),
         lambda model, inputs: model.fuse_feedback(),
         lambda model, inputs: model(**inputs, topdown_prompt=torch.ones(32, dtype=torch.float64)),
         lambda model, inputs: store_features(model, [{"input_ids": row} for row in inputs["input_ids"]], "unused"),
     ],
-    ids=["explain", "initialize_feedback", "fit_gate", "fuse_feedback", "topdown_prompt", "store_features"],
+    ids=["initialize_feedback", "fit_gate", "fuse_feedback", "topdown_prompt", "store_features"],
 )
 def test_what_is_for_one_adapter_says_so(call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

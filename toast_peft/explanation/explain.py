@@ -12,6 +12,7 @@ Notation used for tensor shapes:
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from transformers import Cache, PreTrainedModel
 
 from ..core.dropout import in_evaluation_mode
 from ..core.layers import FeedbackPath, feedback_path_of
+from ..core.strength import rescaled
 from ..families.convnets import ConvNetFeedbackPath
 from .explanation import NUM_PREDICTIONS, Explanation, Pass
 from .grids import images_of, patch_grid, patch_size_of
@@ -29,7 +31,12 @@ from .swap import swapped_features
 
 
 def explain(
-    model: nn.Module, inputs: Mapping[str, Any], processor_or_tokenizer: Any = None, *, stack: str | None = None
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    processor_or_tokenizer: Any = None,
+    *,
+    stack: str | None = None,
+    adapter_name: str | None = None,
 ) -> Explanation:
     """Show what the mask selects, and what the feedback changes in attention and output.
 
@@ -43,12 +50,15 @@ def explain(
             colours; a processor may do both.
         stack: where several stacks of blocks have feedback, as encoder and decoder, the name of one of them. The
             feedback of the others stays in both passes.
+        adapter_name: where several adapters are active, whose mask, gate and norms of the feedback. Pass 1 is without
+            any of them and pass 2 with all.
 
     Returns:
         Arrays on the CPU, all in float32. `plot()`, `save()` and `to_html()` draw them.
 
     Raises:
-        ValueError: if no adapter is active, if it is not clear which stack is meant, or if `inputs` have a cache.
+        ValueError: if no adapter is active, if it is not clear which stack or which adapter is meant, or if `inputs`
+            have a cache or `adapter_names`.
         TypeError: if `inputs` is not a dict.
         NotImplementedError: if the tokens have no batch dimension, as in the vision towers of Qwen-VL.
 
@@ -62,10 +72,12 @@ def explain(
     """
     _check_inputs(inputs)
     name, backbone, path = _find_stack(model, stack)
+    forward = partial(_Forward, backbone, path, _find_adapter(path, adapter_name))
     with torch.no_grad(), in_evaluation_mode(model.modules()), _with_eager_attention(backbone):
-        first = _Forward(backbone, path, has_feedback=False).run(model, inputs)
-        second = _Forward(backbone, path, has_feedback=True).run(model, inputs)
-        swapped = _with_features_of_others(model, backbone, path, inputs) if len(second.mask) > 1 else None
+        with rescaled([path.selection], 0.0):
+            first = forward(has_feedback=False).run(model, inputs)
+        second = forward(has_feedback=True).run(model, inputs)
+        swapped = _with_features_of_others(forward(has_feedback=True), model, inputs) if len(second.mask) > 1 else None
     passes = first.as_pass(), second.as_pass()
     return Explanation(
         first=passes[0],
@@ -83,7 +95,7 @@ def explain(
 
 
 class _Forward:
-    """One forward of the model, and what hooks on a stack see of it.
+    """One forward of the model, and what hooks on a stack see of one of the active adapters.
 
     Attributes:
         mask: Shape: [b, n], or of a map [b, h, w]
@@ -97,8 +109,9 @@ class _Forward:
     features: np.ndarray
     feedback_norm: dict[int, np.ndarray]
 
-    def __init__(self, backbone: nn.Module, path: FeedbackPath, has_feedback: bool) -> None:
+    def __init__(self, backbone: nn.Module, path: FeedbackPath, adapter_name: str, has_feedback: bool) -> None:
         self.backbone, self.path, self.has_feedback = backbone, path, has_feedback
+        self.adapter_name = adapter_name
         self.attentions: tuple[torch.Tensor, ...] = ()
         self.received: dict[int, torch.Tensor] = {}
         self.logits: torch.Tensor | None = None
@@ -126,8 +139,11 @@ class _Forward:
     def _see_feedback(
         self, path: FeedbackPath, args: tuple, kwargs: dict[str, Any], feedback: dict[int, torch.Tensor]
     ) -> dict[int, torch.Tensor] | None:
-        mask = path.state.current.mask
-        assert mask is not None
+        name = args[1]
+        if name != self.adapter_name:
+            return None if self.has_feedback else {}
+        mask, gate, _ = path.state.current.selected[name]
+        assert mask is not None  # it is none while a model is exported
         if mask.dim() < 3:
             raise NotImplementedError(
                 f"The tokens of all images come in one sequence without a batch, {list(mask.shape[:-1])}, as in the "
@@ -135,13 +151,12 @@ class _Forward:
                 "[batch, tokens]. Put the adapter on the language model to explain that."
             )
         self.mask, self.features = to_numpy(mask.squeeze(-1)), to_numpy(args[0])
-        gate = path.state.current.gate
         self.gate = None if gate is None else to_numpy(gate.squeeze(-1))
         if not self.has_feedback:
             return {}
         added = feedback if path.fused is None else _not_fused(path, args, kwargs)
         channels = 1 if isinstance(path, ConvNetFeedbackPath) else -1
-        blocks = sorted(path.blocks_of(args[1]))
+        blocks = sorted(path.blocks_of(name))
         norms = {index: to_numpy(added[index].float().norm(dim=channels)) for index in blocks if index in added}
         # With `skip_closed_rows` there is none if nothing is selected.
         self.feedback_norm = norms or {index: np.zeros_like(self.mask) for index in blocks}
@@ -165,11 +180,9 @@ def _not_fused(path: FeedbackPath, args: tuple, kwargs: dict[str, Any]) -> dict[
         path.fused = fused
 
 
-def _with_features_of_others(
-    model: nn.Module, backbone: nn.Module, path: FeedbackPath, inputs: Mapping[str, Any]
-) -> np.ndarray | None:
+def _with_features_of_others(forward: _Forward, model: nn.Module, inputs: Mapping[str, Any]) -> np.ndarray | None:
     with swapped_features(model):
-        logits = _Forward(backbone, path, has_feedback=True).run(model, inputs).logits
+        logits = forward.run(model, inputs).logits
     return None if logits is None else to_numpy(logits)
 
 
@@ -193,6 +206,11 @@ def _check_inputs(inputs: Mapping[str, Any]) -> None:
             f"`inputs` has the cache `{caches[0]}`, but attention is explained between all tokens; leave it out and "
             "give the whole sequence."
         )
+    if inputs.get("adapter_names") is not None:
+        raise ValueError(
+            "`inputs` has `adapter_names`, but what is explained is one adapter in all rows; leave them out and "
+            "activate it with `set_adapter`."
+        )
 
 
 def _find_stack(model: nn.Module, wanted: str | None) -> tuple[str, nn.Module, FeedbackPath]:
@@ -200,7 +218,7 @@ def _find_stack(model: nn.Module, wanted: str | None) -> tuple[str, nn.Module, F
     found = [
         (name, module, path)
         for name, module in model.named_modules()
-        if (path := feedback_path_of(module)) is not None and path.active_adapter is not None
+        if (path := feedback_path_of(module)) is not None and path.active_adapters
     ]
     if not found:
         raise ValueError(
@@ -211,6 +229,16 @@ def _find_stack(model: nn.Module, wanted: str | None) -> tuple[str, nn.Module, F
     chosen = [stack for stack, name in zip(found, names, strict=True) if wanted in (None, name)]
     if len(chosen) != 1:
         raise ValueError(f"`stack={wanted!r}`, but the stacks with feedback are {names}; name one of them.")
+    return chosen[0]
+
+
+def _find_adapter(path: FeedbackPath, wanted: str | None) -> str:
+    """Name of the active adapter that is explained."""
+    chosen = [name for name in path.active_adapters if wanted in (None, name)]
+    if len(chosen) != 1:
+        raise ValueError(
+            f"`adapter_name={wanted!r}`, but the active adapters are {path.active_adapters}; name one of them."
+        )
     return chosen[0]
 
 
