@@ -2,6 +2,7 @@
 
 from .mutant import Mutant
 
+EXPLAIN = "features/test_explain_adapters.py -k "
 SEVERAL = "features/test_several_adapters.py -k "
 MIXED = "features/test_mixed_batches.py -k "
 
@@ -72,7 +73,7 @@ OF_SEVERAL_ADAPTERS = [
         "several: what is for one takes the first",
         "        if len(names) > 1:\n            raise ValueError(",
         "        if False:\n            raise ValueError(",
-        f"{SEVERAL}'says_so and explain'",
+        f"{SEVERAL}'says_so and fuse_feedback'",
     ),
     Mutant(
         "several: stored features of another pass 1",
@@ -136,5 +137,17 @@ OF_SEVERAL_ADAPTERS = [
         "                current.row_names = outer",
         "                pass",
         f"{MIXED}after_it_all_is_as_before",
+    ),
+    Mutant(
+        "explain: the last of several adapters",
+        "        if name != self.adapter_name:\n",
+        "        if False:\n",
+        f"{EXPLAIN}active_together",
+    ),
+    Mutant(
+        "explain: pass 1 keeps LoRA of pass 2",
+        "        with rescaled([path.selection], 0.0):\n            first",
+        "        if True:\n            first",
+        f"{EXPLAIN}'whatever_pass_2_adds and ViT'",
     ),
 ]
