@@ -97,8 +97,7 @@ def parse(argv: list[str] | None = None) -> tuple[Arguments, TrainingArguments]:
         per_device_eval_batch_size=64,
         logging_steps=100,
         save_strategy="no",
-        label_names=["labels"],
-        remove_unused_columns=False,  # the forward of a PEFT model takes any arguments
+        remove_unused_columns=False,  # the collator takes columns that the model does not
     )
     return arguments, *trainer_parser.parse_args_into_dataclasses(others)
 

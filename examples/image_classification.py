@@ -69,9 +69,7 @@ def parse(argv: list[str] | None = None) -> tuple[Arguments, TrainingArguments]:
         per_device_eval_batch_size=64,
         logging_steps=50,
         save_strategy="no",
-        # The forward of a PEFT model takes any arguments, so the Trainer cannot find these out.
-        remove_unused_columns=False,
-        label_names=["labels"],
+        remove_unused_columns=False,  # the collator takes columns that the model does not
     )
     return arguments, *trainer_parser.parse_args_into_dataclasses(others)
 

@@ -77,7 +77,6 @@ def parse(argv: list[str] | None = None) -> tuple[Arguments, TrainingArguments]:
         logging_steps=50,
         save_strategy="no",
         prediction_loss_only=True,
-        label_names=["labels"],
     )
     return arguments, *trainer_parser.parse_args_into_dataclasses(others)
 

@@ -79,7 +79,6 @@ def parse(argv: list[str] | None = None) -> tuple[Arguments, TrainingArguments]:
         logging_steps=20,
         save_strategy="no",
         remove_unused_columns=False,
-        label_names=["labels"],
     )
     return arguments, *trainer_parser.parse_args_into_dataclasses(others)
 

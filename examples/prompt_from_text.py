@@ -61,7 +61,7 @@ def parse(argv: list[str] | None = None) -> tuple[Arguments, TrainingArguments]:
     trainer_parser = HfArgumentParser(TrainingArguments)
     trainer_parser.set_defaults(output_dir="outputs/prompt_from_text", learning_rate=5e-3, num_train_epochs=5)
     trainer_parser.set_defaults(per_device_train_batch_size=64, per_device_eval_batch_size=256)
-    trainer_parser.set_defaults(lr_scheduler_type="cosine", save_strategy="no", label_names=["labels"])
+    trainer_parser.set_defaults(lr_scheduler_type="cosine", save_strategy="no")
     return arguments, *trainer_parser.parse_args_into_dataclasses(others)
 
 

@@ -68,8 +68,7 @@ def parse(argv: list[str] | None = None) -> tuple[Arguments, TrainingArguments]:
         num_train_epochs=10,
         logging_steps=50,
         save_strategy="no",
-        remove_unused_columns=False,  # the forward of a PEFT model takes any arguments
-        label_names=["labels"],
+        remove_unused_columns=False,  # the collator takes columns that the model does not
     )
     return arguments, *trainer_parser.parse_args_into_dataclasses(others)
 

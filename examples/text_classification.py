@@ -76,7 +76,6 @@ def parse(argv: list[str] | None = None) -> tuple[Arguments, TrainingArguments]:
         per_device_eval_batch_size=64,
         logging_steps=50,
         save_strategy="no",
-        label_names=["labels"],
     )
     return arguments, *trainer_parser.parse_args_into_dataclasses(others)
 

@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 from toast_peft.commands import app as command_line
 
 from .golden.test_golden import Golden
-from .helpers import adapted, steered
+from .helpers import adapted, add_noise, steered
 from .zoo import tiny_model
 
 PAGE = (Path(__file__).parent.parent / "docs" / "command_line.md").read_text(encoding="utf-8")
@@ -83,6 +83,16 @@ def test_check_says_how_much_is_selected_and_changed() -> None:
     assert 0 < float(lines["mean mask:"]) <= float(lines["open tokens:"]) <= 1
 
 
+def test_what_is_added_in_pass_2_counts_as_a_change(saved: Path) -> None:
+    language_model = tf.LlamaForCausalLM.from_pretrained(saved / "llama")
+    options = {"pass2_target_modules": "all-linear", "trainable_parts": ["pass2"], "r": 1}
+    model = adapted(language_model, task_type="CAUSAL_LM", **options)
+    add_noise(*(parameter for name, parameter in model.named_parameters() if "pass2" in name))
+    model.save_pretrained(saved / "pass2")
+    [line] = [line for line in run("toast-peft check pass2").stdout.splitlines() if line.startswith("the feedback")]
+    assert float(line.split()[-3]) > 1
+
+
 def test_an_adapter_as_before_training_fails_the_check() -> None:
     assert "its feedback is zero" in run("toast-peft info new").stdout
     assert "the feedback changes nothing" in run("toast-peft check new", exit_code=1).stderr
@@ -130,6 +140,20 @@ def test_an_adapter_of_another_method_is_refused(saved: Path) -> None:
         CliRunner().invoke(command_line.app, ["info", "lora"], catch_exceptions=False)
 
 
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("check my-adapter --text flower", "--text was given, but a ViTForImageClassification takes no `input_ids`"),
+        ("check new --image flower.png", "--image was given, but a LlamaForCausalLM takes no `pixel_values`"),
+        ("info .", r"The folder '.' has no adapter_config.json; .* 'my-adapter'"),
+        ("info my-base", "The folder 'my-base' has no adapter_config.json; .* In it there are none"),
+    ],
+)
+def test_what_does_not_fit_is_refused(command: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CliRunner().invoke(command_line.app, shlex.split(command), catch_exceptions=False)
+
+
 @pytest.mark.parametrize(("option", "shows_code"), [([], False), (["--debug"], True)])
 def test_errors_are_one_sentence_unless_debugged(
     option: list[str], shows_code: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
@@ -147,6 +171,9 @@ def test_wrong_usage_ends_with_2() -> None:
     run("toast-peft explain my-adapter", exit_code=2)
     run("toast-peft explain my-adapter --output x.html", exit_code=2)
     run("toast-peft check my-adapter --image flower.png --text flower", exit_code=2)
+    for output in ("x.txt", "nowhere/x.html"):
+        result = run(f"toast-peft explain my-adapter --image flower.png --output {output}", exit_code=2)
+        assert "expected the name of a .png, .pdf, .svg, .html in a folder that is there" in result.output
 
 
 @pytest.mark.slow

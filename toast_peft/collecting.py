@@ -37,7 +37,10 @@ def collect(model: nn.Module, dataloader: Iterable[dict[str, Any]], collectors: 
             stack.enter_context(_without_second_pass(collectors[0].path.state.current))
         for batch in dataloader:
             if not isinstance(batch, Mapping):
-                raise ValueError(f"The dataloader gave a {type(batch).__name__}; expected dicts of model inputs.")
+                raise ValueError(
+                    f"The dataloader gave a {type(batch).__name__}; expected dicts of model inputs. One batch goes "
+                    "into a list: [batch]."
+                )
             inputs = {name: x for name, x in batch.items() if name != STORED_INPUT}  # what is collected is of pass 1
             model(**{name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()})
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from peft import PeftConfig
 from peft.utils import PeftType
 
-from .config_checks import TRAINABLE_PARTS, check_combinations, check_values, parts_of
+from .config_checks import TRAINABLE_PARTS, check_combinations, check_values, parts_of, warn_of_no_effect
 from .saved_adapter import SavedAdapter
 
 # How the official code trains each of its stages. It has no pre-tuning for ViT; the weight is that in its `var_loss`.
@@ -312,6 +312,8 @@ class TopDownConfig(PeftConfig):
                 setattr(self, name, set(getattr(self, name)))
         self.trainable_parts = _in_order(self)
         check_combinations(self)
+        if not self.is_of_saved_adapter:
+            warn_of_no_effect(self)
 
     @classmethod
     def from_pretrained(

@@ -4,7 +4,9 @@ The type of each option is that of its annotation, read strictly: a bool is no n
 """
 
 import re
+import warnings
 from collections.abc import Callable
+from dataclasses import fields
 from numbers import Integral, Real
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -12,6 +14,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import torch
 
 TRAINABLE_PARTS = ("prompt", "transform", "linear1", "linear2", "pass2", "output")
+# The first weights by which feedback, or what else pass 2 adds, is more than zero.
+_LAST_PARTS = ("linear2", "pass2", "output")
 _ABOUT_PRETRAINED = ("pretrained_revision", "pretrained_subfolder", "share_pretrained_feedback")
 
 
@@ -167,6 +171,30 @@ def check_combinations(config: Any) -> None:
         raise ValueError(
             "`layers_to_transform` cannot be used when `target_modules` is a regular expression; "
             "select the blocks in the expression."
+        )
+
+
+def warn_of_no_effect(config: Any) -> None:
+    """Warn of options of a new adapter that change nothing, or by which it never learns anything."""
+    defaults = {option.name: option.default for option in fields(config)}
+    conditions = {
+        "`r=0` trains full matrices; give a rank, for example `r=8`": (config.r == 0, ("lora_alpha", "lora_dropout")),
+        "there are no `pass2_target_modules`": (
+            config.pass2_target_modules is None,
+            ("pass2_r", "pass2_lora_alpha", "pass2_lora_dropout"),
+        ),
+        "`variational_weight` is 0": (config.variational_weight == 0, ("variational_ignore_padding",)),
+    }
+    for reason, (holds, names) in conditions.items():
+        for name in names:
+            if holds and getattr(config, name) != defaults[name]:
+                warnings.warn(f"`{name}={getattr(config, name)!r}` has no effect: {reason}.", stacklevel=5)
+    starts_at_zero = config.r > 0 or config.init_weights
+    if starts_at_zero and config.pretrained_feedback is None and not set(_LAST_PARTS) & set(config.trainable_parts):
+        warnings.warn(
+            f"`trainable_parts={config.trainable_parts}` leaves out 'linear2', which starts at zero, so that there is "
+            "never any feedback; add it, unless its weights come from elsewhere.",
+            stacklevel=5,
         )
 
 

@@ -7,7 +7,11 @@ from .config import TopDownConfig
 from .core.stack import Stack
 
 # Modules that PEFT itself adds to `modules_to_save` by task type, whether the model has them or not.
-_HEADS_ADDED_BY_PEFT = {"classifier", "score", "qa_outputs"}
+_ADDED_BY_PEFT = {
+    TaskType.SEQ_CLS: ("classifier", "score"),
+    TaskType.TOKEN_CLS: ("classifier", "score"),
+    TaskType.QUESTION_ANS: ("qa_outputs",),
+}
 
 
 def check_task_type(model: nn.Module, config: TopDownConfig) -> None:
@@ -31,9 +35,10 @@ def check_modules_to_save(model: nn.Module, config: TopDownConfig, stack: Stack)
         ValueError: if there is no such module, or one is within another, or has blocks in it.
     """
     names = [name for name, _ in model.named_modules()]
+    added = _ADDED_BY_PEFT.get(TaskType(config.task_type), ()) if config.task_type is not None else ()
     for wanted in config.modules_to_save or []:
         matched = [name for name in names if name.endswith(wanted)]  # as PEFT does
-        if not matched and wanted not in _HEADS_ADDED_BY_PEFT:
+        if not matched and wanted not in added:
             raise ValueError(
                 f"`modules_to_save` names {wanted!r}, but {type(model).__name__} has no such module; its own are "
                 f"{[name for name, _ in model.named_children()]}."

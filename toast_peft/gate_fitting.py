@@ -39,6 +39,7 @@ from transformers.utils import logging
 
 from .collecting import collect
 from .config import TopDownConfig
+from .config_checks import is_of_type
 from .core.dropout import in_evaluation_mode
 from .core.gate import Gate
 from .core.layers import FeedbackPath, feedback_paths
@@ -52,6 +53,7 @@ _RIDGE = 1.0  # relative to the mean variance of a channel
 _NARROW = 0.3  # a width that the reference itself spans would never open for a target that is near
 _PRIOR = 16.0  # tokens
 _QUANTILE = {"sequence": 0.95, "token": 0.99}  # of rows, of tokens
+_FEWEST_ROWS = 20  # of fewer, the 0.95 quantile is the largest
 _GENERATED = (64, 128)  # rows and tokens of what the base model writes as a reference
 _ROUNDING = 1e-6  # of a cosine: what lies on the threshold is closed
 _NARROWEST = 1e-6  # of a reference whose features are all the same
@@ -105,7 +107,9 @@ def fit_gate(
     Returns:
         `auc`, the probability that a token of the target is more like it than one of the reference; `open_target` and
         `open_reference`, the shares of tokens for which the gate is open, of several domains `open_<name>`. If encoder
-        and decoder get feedback, with the names of their blocks before. The config keeps it as `gate_report`.
+        and decoder get feedback, with the names of their blocks before. The config keeps it as `gate_report`. It is of
+        the rows that the gate was fitted to; what it does to others tells `feedback_statistics(model)["mean_gate"]`
+        after a forward with some of them.
 
     Raises:
         ValueError: if the model has no such active adapter, if the data is of no use, or both sides look the same. The
@@ -150,6 +154,7 @@ def fit_gate(
         for name, fit in fits.items()
         for key, value in fit.report.items()
     }
+    _warn_of_few_rows(adapter_name, [of_target, *seen.values()])
     _warn_if_it_cannot_tell(adapter_name, fits.values())
     return config.gate_report
 
@@ -164,7 +169,7 @@ def _check(paths: Mapping[str, FeedbackPath], adapter_name: str, gate: str | Non
         )
     if gate not in (None, *get_args(Kind)):
         raise ValueError(f"`gate` is {gate!r}; expected 'sequence' or 'token'.")
-    if quantile is not None and not 0 <= quantile <= 1:
+    if quantile is not None and not (is_of_type(quantile, float) and 0 <= quantile <= 1):
         raise ValueError(f"`quantile` is {quantile!r}; expected a share between 0 and 1.")
 
 
@@ -172,6 +177,11 @@ def _domains(model: nn.Module, reference: Any) -> dict[str, Batches]:
     """The domains of the reference by their names."""
     if isinstance(reference, Mapping) and not reference:
         raise ValueError("`reference` has no domains; expected at least one.")
+    if isinstance(reference, Mapping) and any(isinstance(value, torch.Tensor) for value in reference.values()):
+        raise ValueError(
+            "`reference` is one batch, the keys of which would be names of domains; expected a list of batches: "
+            "[batch]."
+        )
     if isinstance(reference, str):
         if reference != "generate":
             raise ValueError(
@@ -335,6 +345,16 @@ def _set(gate: Gate, fit: Fit) -> None:
     gate.direction.copy_(fit.direction)
     gate.threshold.fill_(fit.threshold)
     gate.width.fill_(fit.width)
+
+
+def _warn_of_few_rows(adapter_name: str, domains: Iterable[Mapping[str, Domain]]) -> None:
+    fewest = min(len(of_path.rows.unique()) for domain in domains for of_path in domain.values())
+    if fewest < _FEWEST_ROWS:
+        warnings.warn(
+            f"The gate of the TOAST adapter {adapter_name!r} was fitted to as few as {fewest} rows of a domain, to "
+            "which it then fits better than to others: new ones of the reference may open it. Give 64 of each.",
+            stacklevel=3,
+        )
 
 
 def _warn_if_it_cannot_tell(adapter_name: str, fits: Iterable[Fit]) -> None:

@@ -340,7 +340,9 @@ class TopDownModel(BaseTuner):
                 "`toast_peft.fit_gate(model, target, reference)`, or leave out `gate`.",
                 stacklevel=2,
             )
-        return {name: tensor for name, tensor in weights.items() if not is_in_base_feedback(config, name)}
+        # PEFT gives what layers of other methods on the same model have under the same name as well.
+        own = {name: tensor for name, tensor in weights.items() if ".topdown_" in name}
+        return {name: tensor for name, tensor in own.items() if not is_in_base_feedback(config, name)}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(  # type: ignore[override]  # it gets configs of ours only

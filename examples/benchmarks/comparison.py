@@ -342,7 +342,6 @@ class Comparison(ABC):
             disable_tqdm=True,
             dataloader_pin_memory=torch.accelerator.is_available(),
             remove_unused_columns=False,
-            label_names=["labels"],
         )
 
 

@@ -222,7 +222,6 @@ def train(model: PeftModel, rows: Rows, **settings: Any) -> PeftModel:
         logging_strategy="no",
         disable_tqdm=True,
         dataloader_pin_memory=torch.accelerator.is_available(),
-        label_names=["labels"],
         **settings,
     )
     trainer = Trainer(model, arguments, default_data_collator, rows)

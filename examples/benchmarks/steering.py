@@ -35,6 +35,7 @@ from matplotlib.figure import Figure
 from methods import METHODS, apply_method
 from offline import image_rows, small_vit
 from peft import PeftModel
+from tables import steering_table
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
@@ -207,7 +208,6 @@ class Steering:
             disable_tqdm=True,
             dataloader_pin_memory=torch.accelerator.is_available(),
             remove_unused_columns=False,
-            label_names=["labels"],
         )
         new_modules = [] if method == "linear" else head
         optimizer = make_optimizer(model, METHODS[method].vision, WEIGHT_DECAY, new_modules)
@@ -326,17 +326,7 @@ def main(arguments: list[str] | None = None) -> pd.DataFrame:
     [parsed] = parser.parse_args_into_dataclasses(arguments)
     Path(parsed.output_dir).mkdir(parents=True, exist_ok=True)
     runs = Steering(parsed).run()
-    groups = runs.groupby(["training", "prompt"])[COLUMNS]
-    table = pd.DataFrame(
-        {
-            column: [
-                f"{mean:.1f} ± {std:.1f}" for mean, std in zip(means[column], stds[column].fillna(0), strict=True)
-            ]
-            for means, stds in [(groups.mean(), groups.std())]
-            for column in COLUMNS
-        },
-        index=pd.Index([f"{training}, {prompt}" for training, prompt in groups.groups], name="trained on, prompt"),
-    ).to_markdown(disable_numparse=True)
+    table = steering_table(runs).to_markdown(disable_numparse=True)
     runs.to_csv(Path(parsed.output_dir) / "runs.csv", index=False)
     (Path(parsed.output_dir) / "steering.md").write_text(table + "\n")
     print(f"\n{table}")

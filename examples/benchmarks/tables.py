@@ -215,14 +215,27 @@ def shares_table(runs: pd.DataFrame) -> pd.DataFrame:
     return table.loc[groups["pixels"].first().sort_values(ascending=False).index]
 
 
-def side_by_side(table: Callable[[pd.DataFrame], pd.DataFrame], keys: list[str]) -> pd.DataFrame:
-    """One of the tables of `focus.py` for both data sets, in the order of the first.
+def steering_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """One row for each training and kind of prompt.
+
+    Args:
+        runs: those of `steering.py`.
+    """
+    measured = [column for column in runs if column not in ("training", "prompt", "seed")]
+    table = runs.groupby(["training", "prompt"])[measured].agg(mean_and_deviation, 1)
+    names = [f"{training}, {prompt}" for training, prompt in table.index]
+    return table.set_axis(pd.Index(names, name="trained on, prompt"))
+
+
+def side_by_side(table: Callable[[pd.DataFrame], pd.DataFrame], benchmark: str, keys: list[str]) -> pd.DataFrame:
+    """One of the tables of mosaics for both data sets, in the order of the first.
 
     Args:
         table: makes it of runs.
+        benchmark: whose runs, the name of its script.
         keys: the columns that name a row; the first one becomes the index.
     """
-    runs = {name: pd.read_csv(RESULTS / f"focus_{name}.csv") for name in MOSAICS}
+    runs = {name: pd.read_csv(RESULTS / f"{benchmark}_{name}.csv") for name in MOSAICS}
     tables = {name: table(frame).reset_index().set_index(keys) for name, frame in runs.items()}
     named = [frame.rename(columns=f"{name}: {{}}".format) for name, frame in tables.items()]
     return pd.concat(named, axis=1).reset_index(keys[1:])
@@ -230,12 +243,17 @@ def side_by_side(table: Callable[[pd.DataFrame], pd.DataFrame], keys: list[str])
 
 def focus() -> pd.DataFrame:
     """Focus of each kind of map and method, in per cent."""
-    return side_by_side(focus_table, ["method", "relevance"])
+    return side_by_side(focus_table, "focus", ["method", "relevance"])
 
 
 def curves() -> pd.DataFrame:
     """Areas under deletion and insertion of patches with TOAST-Lite, in per cent."""
-    return side_by_side(curves_table, ["relevance"])
+    return side_by_side(curves_table, "focus", ["relevance"])
+
+
+def steering() -> pd.DataFrame:
+    """How far mask and prediction follow a request, in per cent."""
+    return side_by_side(steering_table, "steering", ["trained on, prompt"])
 
 
 def mask_shares() -> pd.DataFrame:

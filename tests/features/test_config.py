@@ -1,6 +1,7 @@
 """`TopDownConfig`: its defaults, what it refuses, and the blocks that a range means."""
 
 import json
+import warnings
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,45 @@ def test_every_option_has_a_help() -> None:
 )
 def test_senseless_values_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
+        TopDownConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lora_alpha": 16}, "`lora_alpha=16` has no effect: `r=0` trains full matrices; give a rank"),
+        ({"lora_dropout": 0.1}, "`lora_dropout=0.1` has no effect: `r=0`"),
+        ({"r": 4, "pass2_r": 16}, "`pass2_r=16` has no effect: there are no `pass2_target_modules`"),
+        ({"pass2_lora_alpha": 16}, "`pass2_lora_alpha=16` has no effect"),
+        ({"pass2_lora_dropout": 0.1}, "`pass2_lora_dropout=0.1` has no effect"),
+        ({"variational_ignore_padding": True}, "has no effect: `variational_weight` is 0"),
+        ({"trainable_parts": ["prompt", "transform", "linear1"]}, "leaves out 'linear2', which starts at zero"),
+        ({"trainable_parts": "prompt", "r": 4, "init_weights": False}, "leaves out 'linear2', which starts at zero"),
+    ],
+    ids=str,
+)
+def test_what_has_no_effect_is_warned_of_in_new_adapters(options: dict[str, Any], message: str) -> None:
+    with pytest.warns(UserWarning, match=message):
+        config = TopDownConfig(**options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        TopDownConfig(**config.to_dict() | {"num_blocks": 4})  # as it is saved with an adapter
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"r": 4, "lora_alpha": 16, "pass2_target_modules": "all-linear", "pass2_r": 4},
+        {"trainable_parts": ["prompt"], "init_weights": False},
+        {"trainable_parts": ["prompt"], "pretrained_feedback": "somewhere"},
+        {"trainable_parts": ["prompt", "linear2"]},
+        {"trainable_parts": ["prompt", "output"], "feedback_to_output": True},
+    ],
+    ids=str,
+)
+def test_what_has_an_effect_is_not_warned_of(options: dict[str, Any]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         TopDownConfig(**options)
 
 

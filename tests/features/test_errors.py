@@ -40,6 +40,8 @@ def injected(model: nn.Module, **options: Any) -> nn.Module:
         ({"target_modules": ["q_proj", "v_proj"]}, "matches 2 modules in block 0"),
         ({"target_modules": ["v_porj"]}, "matches no module"),
         ({"target_modules": "all-linear"}, "matches no module"),
+        ({"target_modules": "v_proj"}, r"for how names end give a list, \['v_proj'\]. Without it they are looked for"),
+        ({"pass2_target_modules": "up_proj"}, r"`pass2_target_modules` has 'up_proj', .* a list, \['up_proj'\]"),
         ({"target_modules": ["lm_head"]}, "in none"),
         ({"target_modules": ["mlp"]}, "matches model.layers.0.mlp, which does not compute values"),
         ({"target_modules": ["q_proj"]}, "q_proj, which does not compute values; expected 'self_attn.v_proj' of each"),
@@ -60,6 +62,10 @@ def injected(model: nn.Module, **options: Any) -> nn.Module:
         ({"feedback_to": 0.1, "feedback_from": 0.1}, "does not fit a model with 4 blocks"),
         ({"modules_to_save": ["lm_haed"]}, "`modules_to_save` names 'lm_haed'"),
         ({"modules_to_save": ["lm_head", "clasifier"]}, "'clasifier'"),
+        (
+            {"modules_to_save": ["classifier"]},
+            "`modules_to_save` names 'classifier', but LlamaForCausalLM has no such",
+        ),
         # PEFT trains a copy of such a module, which the feedback would not reach.
         ({"modules_to_save": ["v_proj"]}, "`modules_to_save`"),
         ({"modules_to_save": ["self_attn"]}, "`modules_to_save`"),

@@ -83,6 +83,14 @@ def test_mask_and_norms_are_those_of_the_formulas(model_class: type, variant: st
         assert_same(torch.tensor(found.second.logits), reference_forward(base, model, inputs).logits)
 
 
+def test_it_is_shown_without_its_numbers() -> None:
+    model = steered(tiny_model(tf.ViTForImageClassification))
+    found = explain(model, inputs_of(model))
+    mask, features = list(found.mask.shape), list(found.features.shape)
+    blocks, images = "feedback to the blocks [0, 1, 2, 3]", f"images {list(found.images.shape)}"
+    assert repr(found) == f"Explanation(mask {mask}, features {features}, {blocks}, {images})"
+
+
 def test_head_that_was_trained_is_in_both_passes() -> None:
     model = steered(tiny_model(tf.ViTForImageClassification), modules_to_save=["classifier"])
     with torch.no_grad():

@@ -333,11 +333,23 @@ def test_a_gate_that_cannot_tell_warns() -> None:
     assert report["auc"] < 0.9
 
 
+@pytest.mark.filterwarnings("default:The gate of the TOAST adapter")
+@pytest.mark.parametrize("few", [0, 1, 2])
+def test_few_rows_of_any_side_are_warned_of(few: int) -> None:
+    sides = [texts(low, low + 10, seed=low, rows=2 if side == few else 10) for side, low in enumerate((2, 14, 26))]
+    target, reference, other = sides
+    with pytest.warns(UserWarning, match="fitted to as few as 4 rows of a domain"):
+        fit_gate(llama(), target, {"stories": reference, "news": other})
+
+
 REFUSED = {
     "the same on both sides": (TARGET, TARGET, {}, "have the same features"),
     "no batches": ([], REFERENCE, {}, "target has no batches"),
     "no tokens": (TARGET, [], {}, "reference gave no tokens"),
     "no dicts": (TARGET, [torch.ones(2, 3)], {}, "expected dicts of model inputs"),
+    "one batch": (TARGET, REFERENCE[0], {}, r"`reference` is one batch, .* expected a list of batches: \[batch\]"),
+    "one batch as target": (TARGET[0], REFERENCE, {}, r"gave a str; .* One batch goes into a list: \[batch\]"),
+    "no number": (TARGET, REFERENCE, {"quantile": "0.9"}, "`quantile` is '0.9'; expected a share"),
     "no domains": (TARGET, {}, {}, "`reference` has no domains"),
     "no such word": (TARGET, "web", {}, "`reference` is 'web'; expected batches"),
     "no such adapter": (TARGET, REFERENCE, {"adapter_name": "law"}, "expected the active TOAST adapter"),

@@ -3,16 +3,18 @@
 import copy
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 import transformers as tf
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from safetensors.torch import load_file
 from torch import nn
 
 from toast_peft import TopDownConfig
 
-from ..helpers import loss_of, output_of
+from ..helpers import assert_same, loss_of, output_of, steered
 from ..zoo import VIT_AND_LLAMA, inputs_of, tiny_model
 
 TARGETS = {tf.GPT2LMHeadModel: ["c_attn"]}
@@ -52,6 +54,19 @@ def run(model: nn.Module) -> torch.Tensor:
 
 def double(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()} | {"return_dict": False}
+
+
+@pytest.mark.parametrize("lora_name", ["default", "lora"])
+def test_saved_without_the_lora_of_the_same_model(lora_name: str, tmp_path: Path) -> None:
+    model = tiny_model(tf.ViTForImageClassification)
+    inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), model, lora_name)
+    toast = steered(model, modules_to_save=["classifier"])
+    toast.save_pretrained(tmp_path)
+    names = list(load_file(tmp_path / "adapter_model.safetensors"))
+    assert any("topdown_" in name for name in names) and any("classifier" in name for name in names)
+    assert not any("lora_" in name for name in names)
+    loaded = PeftModel.from_pretrained(tiny_model(tf.ViTForImageClassification), tmp_path).eval()
+    assert_same(output_of(loaded), output_of(toast))
 
 
 @pytest.mark.parametrize("model_class", [*VIT_AND_LLAMA, tf.GPT2LMHeadModel])

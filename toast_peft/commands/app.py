@@ -21,6 +21,7 @@ BaseModel = Annotated[
 ]
 Image = Annotated[Path | None, typer.Option(help="An image to run the model on.", exists=True, show_default=False)]
 Text = Annotated[str | None, typer.Option(help="A text to run the model on.", show_default=False)]
+_FORMATS = (".png", ".pdf", ".svg", ".html")
 
 app = typer.Typer(
     name="toast-peft",
@@ -105,6 +106,10 @@ def explain(
     _check_one(image, text)
     if image is None and text is None:
         raise typer.BadParameter("There is nothing to explain; give --image or --text.")
+    if output.suffix.lower() not in _FORMATS or not output.parent.is_dir():
+        raise typer.BadParameter(
+            f"--output is {str(output)!r}; expected the name of a {', '.join(_FORMATS)} in a folder that is there."
+        )
     loaded = load(adapter, base_model)
     toast_peft.explain(loaded.model, loaded.inputs(image, text), loaded.processor).save(output)
     typer.echo(f"Saved to {output}.")

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +21,8 @@ from transformers.image_utils import load_image
 
 from ..callback import closed_by_prompt, feedback_statistics
 from ..config import TopDownConfig
-from ..core.layers import FeedbackPath, feedback_paths
+from ..core.layers import feedback_paths
+from ..core.strength import rescaled
 from ..prompt_start import random_inputs
 from .saved import not_finite, read_config, read_weights
 
@@ -54,18 +56,24 @@ class Loaded:
         """What to run the model on: an image or a text, or else random numbers.
 
         Raises:
+            ValueError: if the model takes no images, or no texts.
             RuntimeError: if it is not known what the model takes.
         """
+        base = cast(PreTrainedModel, self.model.get_base_model())
+        taken = signature(base.forward).parameters
+        for given, name, option in ((image, "pixel_values", "--image"), (text, "input_ids", "--text")):
+            if given is not None and name not in taken:
+                raise ValueError(f"{option} was given, but a {type(base).__name__} takes no `{name}`; leave it out.")
         if image is not None:
             self.processor = AutoImageProcessor.from_pretrained(self.base_model, backend="pil")
             return dict(self.processor(load_image(str(image)), return_tensors="pt"))
         if text is not None:
             self.processor = AutoTokenizer.from_pretrained(self.base_model)
-            config = cast(PreTrainedModel, self.model.get_base_model()).config
+            config = base.config
             start = torch.tensor([[config.decoder_start_token_id]]) if config.is_encoder_decoder else None
             decoder = {} if start is None else {"decoder_input_ids": start}
             return dict(self.processor(text, return_tensors="pt")) | decoder
-        return random_inputs(self.model.get_base_model())
+        return random_inputs(base)
 
 
 def load(adapter: str, base_model: str | None) -> Loaded:
@@ -128,7 +136,7 @@ def report_on(loaded: Loaded, inputs: dict[str, Any]) -> tuple[list[str], list[s
     model, problems = loaded.model, not_finite(loaded.weights)
     output = _output_of(model, inputs)
     statistics = feedback_statistics(model)
-    plain = _without_feedback(model, inputs)
+    plain = _output_of_pass_1(model, inputs)
     change = ((output - plain).norm() / plain.norm()).item()
     lines = [f"loaded on {loaded.base_model}: {sum(w.numel() for w in loaded.weights.values()):,} values"]
     lines += [f"{name.replace('_', ' ')}: {value:.3f}" for name, value in statistics.items()]
@@ -151,15 +159,7 @@ def _output_of(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
     return (output["logits"] if "logits" in output else output[0]).float().flatten()
 
 
-def _without_feedback(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-    """The same with trained heads, but without feedback."""
-    hooks = [path.register_forward_hook(_leave_out) for _, path in feedback_paths(model)]
-    try:
+def _output_of_pass_1(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+    """The same with trained heads, but without feedback and what else is added in pass 2."""
+    with rescaled((path.selection for _, path in feedback_paths(model)), 0.0):
         return _output_of(model, inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _leave_out(path: FeedbackPath, args: tuple, feedback: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
-    return {}

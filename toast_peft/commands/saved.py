@@ -2,10 +2,12 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftType
+from peft.utils import CONFIG_NAME
 
 from ..card import described_gate, options_of
 from ..config import TopDownConfig
@@ -62,6 +64,12 @@ def read_config(adapter: str) -> TopDownConfig:
     Raises:
         ValueError: if it is of another method, or there is none.
     """
+    if Path(adapter).is_dir() and not Path(adapter, CONFIG_NAME).is_file():
+        others = sorted(str(file.parent) for file in Path(adapter).glob(f"*/{CONFIG_NAME}"))
+        raise ValueError(
+            f"The folder {adapter!r} has no {CONFIG_NAME}; expected the folder of an adapter. In it there are "
+            f"{others or 'none'}."
+        )
     config = PeftConfig.from_pretrained(adapter)
     if not isinstance(config, TopDownConfig):
         raise ValueError(

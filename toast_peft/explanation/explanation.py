@@ -51,7 +51,7 @@ class Prediction(NamedTuple):
     second: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Explanation:
     """What the feedback of a model sees in some inputs, and what it changes. Made by [`explain`].
 
@@ -91,6 +91,12 @@ class Explanation:
     patch_size: tuple[int, int] | None
     has_logits_of_tokens: bool
     labels: dict[int, str]
+
+    def __repr__(self) -> str:
+        """What there is, without the numbers."""
+        images = "no images" if self.images is None else f"images {list(self.images.shape)}"
+        blocks = f"feedback to the blocks {sorted(self.feedback_norm)}"
+        return f"Explanation(mask {list(self.mask.shape)}, features {list(self.features.shape)}, {blocks}, {images})"
 
     def extent(self, grid: tuple[int, int]) -> tuple[int, int]:
         """Height and width in pixels of what a map of this many rows and columns covers of the images.

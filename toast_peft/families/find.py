@@ -48,7 +48,7 @@ def find_stacks(model: nn.Module, config: TopDownConfig) -> Sequence[Stack]:
                 if getattr(config, name):
                     raise ValueError(
                         f"`{name}` is not for {type(model).__name__}, a ConvNet or a hierarchical transformer; leave "
-                        "it out."
+                        "it out (instead of `for_images()` take `TopDownConfig(r=8)`)."
                     )
             [(backbone_name, architecture)] = known.items()
             return [make_stack(model, backbone_name, architecture, config)]

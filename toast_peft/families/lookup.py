@@ -1,6 +1,6 @@
 """Looks around in a model: what it is, and which of its modules are of a model type that is in a table."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Protocol, TypeVar, cast
 
 from torch import nn
@@ -42,6 +42,13 @@ def find_submodule(module: nn.Module, path: str) -> nn.Module | None:
 def blocks_at(module: nn.Module, path: str) -> nn.ModuleList | nn.Sequential:
     """The list of blocks, or of stages, at a path."""
     return cast(nn.ModuleList, module.get_submodule(path))
+
+
+def about_patterns(wanted: Collection[str] | str) -> str:
+    """A sentence to add where a regular expression has matched nothing, as it may have been meant as a name."""
+    if not isinstance(wanted, str):
+        return ""
+    return f" A string is a regular expression for the whole name; for how names end give a list, [{wanted!r}]."
 
 
 def join_names(*names: str) -> str:

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from ..config import TopDownConfig
 from ..core.stack import Stack
 from ..core.value_projection import input_size, output_size
-from .lookup import join_names
+from .lookup import about_patterns, join_names
 from .structure import is_cross_attention
 
 ALL_LINEAR = "all-linear"  # what PEFT calls it
@@ -94,6 +94,7 @@ def _check_matches(model: nn.Module, wanted: list[str] | str, possible: set[str]
             raise ValueError(
                 f"`pass2_target_modules` has {shown!r}, which {found}; expected linear layers of the blocks that run "
                 f"in pass 2, from `feedback_to` on and not of cross-attention, such as {min(possible)}."
+                + ("" if matched else about_patterns(part))
             )
 
 

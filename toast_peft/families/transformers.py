@@ -13,7 +13,7 @@ from ..core.layers import FeedbackPath
 from ..core.stack import Stack
 from ..core.two_passes import TwoPasses
 from ..core.value_projection import ValueColumns, input_size, output_size
-from .lookup import blocks_at, find_submodule, join_names, known_backbones, model_type_of
+from .lookup import about_patterns, blocks_at, find_submodule, join_names, known_backbones, model_type_of
 from .model_types import ARCHITECTURES, UNSUITABLE, UNSUITABLE_AS_A_WHOLE, Architecture
 from .structure import FUSED_PROJECTIONS, LATENT, architectures_by_structure, is_cross_attention, log_found
 
@@ -165,6 +165,7 @@ def _stacks_by_target_modules(
             f"`target_modules={config.target_modules!r}` matches {_some(matched)} in {type(model).__name__}; expected "
             "the value projections of one stack of blocks (an nn.ModuleList or nn.Sequential)"
             + (f", but {_some(outside)} are in none." if outside else ".")
+            + ("" if matched else about_patterns(config.target_modules or ()) + " Without it they are looked for.")
         )
     stacks = []
     for blocks_name in dict.fromkeys(lists.values()):
