@@ -247,7 +247,7 @@ def lora_names(layers: list[str]) -> set[str]:
 
 def pass2_names(layers: list[str], parts: Sequence[str] = "AB") -> set[str]:
     return {
-        f"vit.feedback_path.second_pass.{block}-{layer.replace('.', '-')}.topdown_pass2_{part}.weight"
+        f"vit.feedback_path.second_pass.{block}-{layer.replace('.', '-')}-pass2.topdown_pass2_{part}.weight"
         for block in range(BLOCKS)
         for layer in layers
         for part in parts

@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations import TrackioCallback
 
 from .collecting import device_of_inputs
-from .core.layers import FeedbackPath
+from .core.layers import FeedbackPath, feedback_paths
 from .core.run import Selected
 from .core.variational_loss import last_variational_loss
 from .explanation.explain import explain
@@ -93,6 +93,12 @@ def closed_by_prompt(statistics: Mapping[str, float]) -> list[str]:
     return [name for name in closed if statistics.get(name.removesuffix(ending) + "mean_gate") != 0]
 
 
+def _trains_feedback(model: nn.Module) -> bool:
+    """Whether there is more to train than what is added in pass 2."""
+    parts = [part for _, path in feedback_paths(model) for part in (path.selection, path.layers)]
+    return any(parameter.requires_grad for part in parts for parameter in part.parameters())
+
+
 class FeedbackCallback(TrainerCallback):
     """Logs `feedback_statistics` of the last training step, and the variational loss, when the trainer logs the loss.
 
@@ -105,6 +111,8 @@ class FeedbackCallback(TrainerCallback):
         trainer: logs it, so that it goes wherever the trainer's logs go.
         samples: inputs of the model, a few rows; `None` for no pictures.
         picture_steps: a picture before the first step, after each of so many, and after the last one.
+        stack: where several stacks of blocks have feedback, the one to draw, as in [`explain`].
+        adapter_name: where several adapters are active, the one to draw.
 
     Example:
 
@@ -114,10 +122,18 @@ class FeedbackCallback(TrainerCallback):
     ```
     """
 
-    def __init__(self, trainer: "Trainer", samples: Mapping[str, Any] | None = None, picture_steps: int = 100) -> None:
+    def __init__(
+        self,
+        trainer: "Trainer",
+        samples: Mapping[str, Any] | None = None,
+        picture_steps: int = 100,
+        stack: str | None = None,
+        adapter_name: str | None = None,
+    ) -> None:
         self.trainer = trainer
         self.samples = samples
         self.picture_steps = picture_steps
+        self.drawn = {"stack": stack, "adapter_name": adapter_name}
         self.has_warned = False
 
     def on_step_begin(  # type: ignore[override]  # the trainer always gives `model`
@@ -132,7 +148,8 @@ class FeedbackCallback(TrainerCallback):
             return
         device = device_of_inputs(model)
         inputs = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in self.samples.items()}
-        explanation = explain(model, inputs, self.trainer.processing_class)  # in each process, which may hold a shard
+        # In each process, as it may hold a shard.
+        explanation = explain(model, inputs, self.trainer.processing_class, **self.drawn)
         if not state.is_world_process_zero:
             return
         figure, folder = explanation.plot(), Path(str(args.output_dir), "feedback")
@@ -163,7 +180,7 @@ class FeedbackCallback(TrainerCallback):
             return
         statistics = feedback_statistics(model)
         closed = closed_by_prompt(statistics)
-        if closed and not self.has_warned:
+        if closed and not self.has_warned and _trains_feedback(model):
             self.has_warned = True
             warnings.warn(_TURNED_AWAY.format(step=state.global_step, names=" and ".join(closed)), stacklevel=2)
         metrics = {f"feedback_{name}": value for name, value in statistics.items()}

@@ -127,7 +127,8 @@ class SideBySide:
         inputs = self.model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **kwargs)
         first = JointPass(1, None)
         self._run(self.model, first, **{**inputs, self.cache_name: caches[0]})
-        assert first.next_features is not None
+        if first.next_features is None:
+            raise _not_supported(self.model, "has its adapter on another module than the one that generates")
         logits = self._run(self.model, JointPass(0, first.next_features), **{**inputs, self.cache_name: caches[1]})
         # In the second row a column before all others, and in the first one after them for `step_again` to take back.
         for index, (of_first, of_second) in enumerate(zip(caches[0].layers, caches[1].layers, strict=True)):

@@ -7,7 +7,7 @@ from .config import TopDownConfig
 from .core.stack import Stack
 
 # Modules that PEFT itself adds to `modules_to_save` by task type, whether the model has them or not.
-_ADDED_BY_PEFT = {
+ADDED_BY_PEFT = {
     TaskType.SEQ_CLS: ("classifier", "score"),
     TaskType.TOKEN_CLS: ("classifier", "score"),
     TaskType.QUESTION_ANS: ("qa_outputs",),
@@ -35,7 +35,7 @@ def check_modules_to_save(model: nn.Module, config: TopDownConfig, stack: Stack)
         ValueError: if there is no such module, or one is within another, or has blocks in it.
     """
     names = [name for name, _ in model.named_modules()]
-    added = _ADDED_BY_PEFT.get(TaskType(config.task_type), ()) if config.task_type is not None else ()
+    added = ADDED_BY_PEFT.get(TaskType(config.task_type), ()) if config.task_type is not None else ()
     for wanted in config.modules_to_save or []:
         matched = [name for name in names if name.endswith(wanted)]  # as PEFT does
         if not matched and wanted not in added:

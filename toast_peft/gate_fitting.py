@@ -42,7 +42,7 @@ from .config import TopDownConfig
 from .config_checks import is_of_type
 from .core.dropout import in_evaluation_mode
 from .core.gate import Gate
-from .core.layers import FeedbackPath, feedback_paths
+from .core.layers import FeedbackPath, check_is_active, paths_with
 from .gate_collection import Compared, Disturbance, Domain
 
 Batches = Iterable[dict[str, Any]]
@@ -123,7 +123,8 @@ def fit_gate(
     {'auc': 0.99, 'open_target': 0.93, 'open_news': 0.01, 'open_chat': 0.0}
     ```
     """
-    paths = {path.passes.backbone_forward.blocks_name: path for _, path in feedback_paths(model)}
+    check_is_active(model, adapter_name)
+    paths = {path.passes.backbone_forward.blocks_name: path for _, path in paths_with(model, adapter_name)}
     _check(paths, adapter_name, gate, quantile)
     domains = _domains(model, reference)
     config = next(iter(paths.values())).selection.topdown_config[adapter_name]
@@ -160,9 +161,6 @@ def fit_gate(
 
 
 def _check(paths: Mapping[str, FeedbackPath], adapter_name: str, gate: str | None, quantile: float | None) -> None:
-    if not paths or any(path.active_adapter != adapter_name for path in paths.values()):
-        active = sorted({str(path.active_adapter) for path in paths.values()}) or "none"
-        raise ValueError(f"`adapter_name` is {adapter_name!r}; expected the active TOAST adapter, which is {active}.")
     if any(path.selection.topdown_config[adapter_name].double_value_bias for path in paths.values()):
         raise ValueError(
             "`double_value_bias=True` makes pass 2 differ from pass 1 also where a gate is closed; expected False."

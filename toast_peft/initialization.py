@@ -24,7 +24,7 @@ from transformers.utils import logging
 from .collecting import collect
 from .config import TopDownConfig
 from .core.fused_feedback import refuse_fused
-from .core.layers import FeedbackPath, feedback_paths, hidden_states_of
+from .core.layers import FeedbackPath, check_is_active, hidden_states_of, paths_with
 from .core.topdown_layer import weight_of
 from .gate_fitting import Batches, Reference, fit_gate
 
@@ -189,10 +189,8 @@ def initialize_feedback(
     >>> toast_peft.initialize_feedback(model, DataLoader(train_set.select(range(512)), batch_size=32))
     ```
     """
-    backbones = list(feedback_paths(model))
-    if not backbones or any(path.active_adapter != adapter_name for _, path in backbones):
-        active = sorted({str(path.active_adapter) for _, path in backbones}) or "none"
-        raise ValueError(f"`adapter_name` is {adapter_name!r}; expected the active TOAST adapter, which is {active}.")
+    backbones = paths_with(model, adapter_name)
+    check_is_active(model, adapter_name)
     refuse_fused(model, "initialise it")
     if reference is not None:
         if iter(dataloader) is dataloader:

@@ -25,7 +25,7 @@ from .core.strength import rescaled, set_scales
 from .core.topdown_layer import NO_MERGE, TopDownLayer, belongs_to
 from .core.variational_loss import last_variational_loss, total
 from .families.find import find_stacks
-from .fit_to_model import check_modules_to_save, check_task_type
+from .fit_to_model import ADDED_BY_PEFT, check_modules_to_save, check_task_type
 from .loading import SAVED_PREFIX, Load, by_names_of_parameters, check_weights, read_weights
 from .pretrained_feedback import start_from_pretrained
 from .prompt_start import start_prompts
@@ -115,9 +115,7 @@ class TopDownModel(BaseTuner):
                     f"`normalize_features=True`, but {stack.model_type!r} has no final norm or it is not known; leave "
                     "it at None or False."
                 )
-        if peft_config.pretrained_feedback is not None:  # the caller's object stays as it is, to be used again
-            peft_config = copy(peft_config)
-        peft_config = self.peft_config[adapter_name] = _with_base_model_facts(peft_config, stacks)
+        peft_config = self.peft_config[adapter_name] = _with_base_model_facts(_own_config(peft_config), stacks)
         return peft_config
 
     @property
@@ -292,9 +290,10 @@ class TopDownModel(BaseTuner):
             ValueError: if its feedback is fused, or if there is none of that name.
         """
         refuse_fused(self.model, "delete it", adapter_name)
+        was_active = adapter_name in self.active_adapters
         super().delete_adapter(adapter_name)
         # Each layer chose a new active adapter among those it has itself; make them agree.
-        if self.active_adapter:
+        if was_active and self.active_adapter:
             self.set_adapter(self.active_adapter)
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
@@ -371,6 +370,23 @@ class TopDownModel(BaseTuner):
         }
 
 
+def _own_config(config: TopDownConfig) -> TopDownConfig:
+    """The config of one adapter: a copy if the caller's object is that of another one, or is to be used again.
+
+    Else it is that object, as with LoRA. A gate that is fitted, and the end of a start from `pretrained_feedback`,
+    change it.
+    """
+    is_of_another = config.num_blocks is not None and not config.is_of_saved_adapter
+    if not is_of_another and config.pretrained_feedback is None:
+        return config
+    if config.modules_to_save is None and config.task_type in ADDED_BY_PEFT:
+        config.modules_to_save = []  # PEFT puts the names into the list of the caller's object, which the copy shares
+    own = copy(config)
+    if is_of_another:
+        own.gate_report = own.gate_is_causal = None
+    return own
+
+
 def _with_base_model_facts(config: TopDownConfig, stacks: Sequence[Stack]) -> TopDownConfig:
     """Put into the config what it is for; of a saved adapter, raise if that is another model than this one."""
     facts = {
@@ -388,8 +404,6 @@ def _with_base_model_facts(config: TopDownConfig, stacks: Sequence[Stack]) -> To
             )
             + "."
         )
-    if different:  # the same config object, used for another model before
-        config = copy(config)
     for name, value in facts.items():
         setattr(config, name, value)
     return config

@@ -1,6 +1,7 @@
 """Starts a new adapter from the feedback of a saved one."""
 
 from copy import copy
+from typing import cast
 
 import torch
 from peft import PeftConfig
@@ -11,6 +12,7 @@ from torch import nn
 from .base_feedback import copy_weights, is_fixed_matrix, name_in_file, read_base_feedback, read_weights, sha256_of
 from .config import TopDownConfig
 from .core.feature_selection import FeatureSelection
+from .core.gate import Gate
 from .core.layers import FeedbackLayer
 from .core.output_feedback import OutputFeedback
 from .core.second_pass_lora import SecondPassLora
@@ -154,8 +156,10 @@ def _prepare(layer: TopDownLayer, adapter_name: str, keeps_identity: bool) -> No
             layer.reset_parameters(adapter_name, init_weights=True)
         elif isinstance(layer, _OF_THE_OUTPUTS):
             layer.reset_parameters(adapter_name)
-        elif isinstance(layer, FeatureSelection):
-            layer.add_gate(adapter_name, layer.topdown_config[adapter_name].gate)
+        elif isinstance(layer, FeatureSelection) and adapter_name in layer.topdown_gate:
+            gate = cast(Gate, layer.topdown_gate[adapter_name])
+            gate.to_empty(device="cpu")
+            gate.reset_parameters()
         layer._move_adapter_to_device_of_base_layer(adapter_name)
     if isinstance(layer, FeedbackLayer) and keeps_identity:
         for linear in _LINEARS:

@@ -310,7 +310,7 @@ def test_refused_in_training_fused_or_with_prompts() -> None:
     with pytest.raises(ValueError, match="is fused; call `unfuse_feedback.* to run a mixed batch"):
         model(**given)
     model.unfuse_feedback()
-    with pytest.raises(ValueError, match=r"\['default', 'late'\] are active together"):
+    with pytest.raises(ValueError, match="`topdown_prompt` was given in a mixed batch"):
         model(**given, topdown_prompt=torch.ones(32, dtype=torch.float64))
 
 

@@ -54,7 +54,7 @@ def change_of(model: PeftModel) -> Change:
 
     def change(name: str, x: torch.Tensor) -> torch.Tensor | int:
         index, _, rest = name.partition(".")
-        part = f".second_pass.{index}-{rest.replace('.', '-')}.topdown_pass2_"
+        part = f".second_pass.{index}-{rest.replace('.', '-')}-pass2.topdown_pass2_"
         found = {key.rpartition(part)[2][0]: p for key, p in weights.items() if part in key and ".default." in key}
         product = 2 * x @ found["A"].T @ found["B"].T if "A" in found else 0
         return product + found["b"] if found else 0

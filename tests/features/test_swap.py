@@ -75,7 +75,7 @@ def test_what_cannot_be_swapped_is_refused() -> None:
     with pytest.raises(ValueError, match="`other` is 'none'; expected"), swapped_features(model, "none"):
         pass
     with swapped_features(model):
-        with pytest.raises(ValueError, match="The batch has one row; expected at least two"):
+        with pytest.raises(ValueError, match="is for one row of the batch; expected at least two"):
             output_of(model, inputs_of(model, batch_size=1) | {"use_cache": False})
         with pytest.raises(NotImplementedError, match="with a key-value cache.*set `use_cache=False`"):
             output_of(model, inputs_of(model))

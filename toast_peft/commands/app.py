@@ -101,6 +101,9 @@ def explain(
     base_model: BaseModel = None,
     image: Image = None,
     text: Text = None,
+    stack: Annotated[
+        str | None, typer.Option(help="Of several stacks of blocks with feedback, which.", show_default=False)
+    ] = None,
 ) -> None:
     """Draw what an adapter selects in an image or a text, and what its feedback changes."""
     _check_one(image, text)
@@ -111,7 +114,7 @@ def explain(
             f"--output is {str(output)!r}; expected the name of a {', '.join(_FORMATS)} in a folder that is there."
         )
     loaded = load(adapter, base_model)
-    toast_peft.explain(loaded.model, loaded.inputs(image, text), loaded.processor).save(output)
+    toast_peft.explain(loaded.model, loaded.inputs(image, text), loaded.processor, stack=stack).save(output)
     typer.echo(f"Saved to {output}.")
 
 

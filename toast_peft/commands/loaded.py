@@ -144,8 +144,9 @@ def report_on(loaded: Loaded, inputs: dict[str, Any]) -> tuple[list[str], list[s
     if not output.isfinite().all():
         problems.append("the output is not finite.")
     closed = closed_by_prompt(statistics)
-    if closed:
-        problems.append(f"the prompt selects nothing in these inputs ({closed[0]} is 0), so there is no feedback.")
+    if closed:  # LoRA of pass 2 does not ask it
+        selects_nothing = f"the prompt selects nothing in these inputs ({closed[0]} is 0), so there is no feedback."
+        (problems if change == 0 else lines).append(selects_nothing)
     elif any(name.endswith("mean_gate") and value == 0 for name, value in statistics.items()):
         lines.append("the gate is closed for these inputs, which get the output of the base model")
     elif change == 0:

@@ -58,13 +58,14 @@ class Rows(NamedTuple):
 
         Args:
             x: Shape: [number of rows, ...]
-            into: is changed. Shape: [b, ...]
+            into: is changed, if it is of the same dtype. Shape: [b, ...]
 
         Returns:
             Shape: [b, ...]
         """
         into = x.new_zeros(self.batch_size, *x.shape[1:]) if into is None else into
-        return into.index_copy_(0, self.indices.to(x.device), x)
+        dtype = torch.promote_types(into.dtype, x.dtype)
+        return into.to(dtype).index_copy_(0, self.indices.to(x.device), x.to(dtype))
 
     def among(self, others: torch.Tensor) -> tuple[torch.Tensor, "Rows"]:
         """What is left of them in a batch of other rows.

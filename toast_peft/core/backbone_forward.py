@@ -100,6 +100,8 @@ class BackboneForward(ReplacedForward):
         outer, self.state.current.run = self.state.current.run, SINGLE_PASS
         try:
             if not names:
+                if not self.path.selection.disable_adapters:
+                    self.state.current.selected = {}  # that of the last forward with an active adapter was another's
                 refuse_two_pass_cache(kwargs)
                 return self.original(**kwargs)
             if self.state.current.joint is not None:
@@ -295,9 +297,11 @@ class BackboneForward(ReplacedForward):
     def _cache_owner(self, run: Run) -> CacheOwner:
         identities = {a.name: self.path.selection.topdown_identity[a.name].id for a in run.adapters}
         of_rows = self.state.current.row_names
-        whose = list(identities) if of_rows is None else of_rows.names
-        identity = tuple(None if name is None else identities.get(name) for name in whose)
-        return CacheOwner(" + ".join(identities), identity, run.feedback_from, run.feedback_to)
+        # A name may be that of an adapter of another stack.
+        rows = [list(identities)] if of_rows is None else [[name] for name in of_rows.names]
+        identity = [tuple(identities[name] for name in names if name in identities) for names in rows]
+        same = identity[:1] if len(set(identity)) == 1 else identity
+        return CacheOwner(" + ".join(identities), tuple(same), run.feedback_from, run.feedback_to)
 
     def _may_share(self, run: Run, cache: Cache | None) -> bool:
         """Whether pass 1 may be the forward of the base model with this cache."""

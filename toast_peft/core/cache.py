@@ -71,14 +71,14 @@ class CacheOwner(NamedTuple):
 
     Args:
         adapter_name: the adapter, or all of them, for messages.
-        identity: what tells each from others of that name: of another model, or deleted since. In a mixed batch that
-            of the adapter of each row, `None` for the base model.
+        identity: what tells each from others of that name: of another model, or deleted since. In a mixed batch those
+            of each row, none for the base model; else of all rows.
         feedback_from: of its blocks, pass 1 runs those below.
         feedback_to: and both passes compute the same in those below this one.
     """
 
     adapter_name: str
-    identity: tuple[str | None, ...]
+    identity: tuple[tuple[str, ...], ...]
     feedback_from: int
     feedback_to: int
 
@@ -317,8 +317,12 @@ def _by_whom(passes: Passes | None, owner: CacheOwner) -> str:
     if passes is None:
         return "without feedback"
     by = f"by the TOAST adapter {passes.owner.adapter_name!r}"
-    same_name = passes.owner.adapter_name == owner.adapter_name
-    return f"{by} of another model, or before it was deleted and added again" if same_name else by
+    if passes.owner.adapter_name != owner.adapter_name:
+        return by
+    before, now = ({name for row in whose.identity for name in row} for whose in (passes.owner, owner))
+    return (
+        f"{by} for other rows" if before == now else f"{by} of another model, or before it was deleted and added again"
+    )
 
 
 def _forget_passes(cache: Cache, passes: Passes) -> None:

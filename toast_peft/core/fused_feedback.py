@@ -271,9 +271,9 @@ def fuse(model: nn.Module) -> None:
         ValueError: if there is no active adapter, or if feedback is fused already.
         NotImplementedError: if it cannot be fused.
     """
-    paths = [path for _, path in feedback_paths(model)]
+    paths = [path for _, path in feedback_paths(model) if path.active_adapter is not None]
     refuse_fused(model, "fuse it again")
-    if not paths or any(path.active_adapter is None for path in paths):
+    if not paths:
         raise ValueError(
             "No TOAST adapter is active; expected one, as `fuse_feedback()` fuses that of the active one."
         )

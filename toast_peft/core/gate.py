@@ -107,6 +107,14 @@ class Gate(nn.Module):
         self.width = nn.Parameter(torch.tensor([1.0]), requires_grad=False)
         self.prior = nn.Parameter(torch.zeros(hidden_size), requires_grad=False) if is_running else None
 
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Open it for all."""
+        for parameter in self.parameters():
+            parameter.zero_()
+        self.threshold.fill_(-1.0)
+        self.width.fill_(1.0)
+
     def compared(self, features: torch.Tensor, tokens: Tokens) -> torch.Tensor:
         """What is compared with the direction, `y` before it is normalised, in float32 at least.
 

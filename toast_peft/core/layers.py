@@ -388,6 +388,24 @@ def feedback_paths(model: nn.Module) -> Iterator[tuple[nn.Module, FeedbackPath]]
             yield module, path
 
 
+def paths_with(model: nn.Module, adapter_name: str) -> list[tuple[nn.Module, FeedbackPath]]:
+    """The backbones that an adapter gives feedback to, of an encoder-decoder both or one, with their feedback path."""
+    return [pair for pair in feedback_paths(model) if adapter_name in pair[1].selection.topdown_config]
+
+
+def check_is_active(model: nn.Module, adapter_name: str) -> None:
+    """Refuse an adapter that gives no feedback now, or not alone where it does.
+
+    Raises:
+        ValueError: if it is so.
+    """
+    active = [path.active_adapter for _, path in feedback_paths(model)]
+    own = [path.active_adapter for _, path in paths_with(model, adapter_name)]
+    if not own or any(name != adapter_name for name in own):
+        found = sorted({name for name in active if name is not None}) or "none"
+        raise ValueError(f"`adapter_name` is {adapter_name!r}; expected the active TOAST adapter, which is {found}.")
+
+
 def hidden_states_of(output: torch.Tensor | tuple[Any, ...]) -> torch.Tensor:
     """The hidden states in the output of a block; some blocks return more than these. Shape: [b, n, d]"""
     return output[0] if isinstance(output, tuple) else output

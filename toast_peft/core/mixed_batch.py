@@ -42,6 +42,10 @@ def mixed_batch(
     """
     names = _checked(model, paths, adapter_names, _num_rows(args, kwargs))
     currents = [path.state.current for path in paths]
+    if any(current.prompt is not None for current in currents):
+        raise ValueError(
+            "`adapter_names` was given in a `with model.prompted(...)` block; expected one adapter there."
+        )
     before = [current.row_names for current in currents]
     with ExitStack() as hooks:
         for module in model.modules():

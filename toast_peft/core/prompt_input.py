@@ -78,6 +78,11 @@ class GivenPrompt(NamedTuple):
 
 def _checked(paths: Iterable["FeedbackPath"], prompts: torch.Tensor) -> "FeedbackPath":
     """The feedback path that prompts are for, after checks of all that is known before the forward."""
+    paths = list(paths)
+    if [path for path in paths if path.state.current.row_names is not None]:
+        raise ValueError(
+            f"`{PROMPT_INPUT}` was given in a mixed batch; expected one adapter. Leave out `adapter_names`."
+        )
     active = [path for path in paths if path.active_adapter is not None]
     if len(active) != 1:
         raise ValueError(

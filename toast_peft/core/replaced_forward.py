@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from types import CodeType
 from typing import Any, ClassVar
 
 from torch import nn
@@ -33,6 +34,12 @@ class ReplacedForward:
         if self.previous is not None:
             return signature
         return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+    @property
+    def __code__(self) -> CodeType:
+        """Where the method is written, which torch.export asks for."""
+        code: CodeType = inspect.unwrap(self.previous or getattr(type(self.module), self.method)).__code__
+        return code
 
     def signature_with(self, name: str) -> inspect.Signature:
         """The signature with one more argument, as transformers' Trainer drops the inputs that are not in it."""

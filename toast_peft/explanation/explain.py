@@ -21,7 +21,7 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 
 from ..core.dropout import in_evaluation_mode
-from ..core.layers import FeedbackPath, feedback_path_of
+from ..core.layers import FeedbackPath, feedback_path_of, feedback_paths
 from ..core.strength import rescaled
 from ..families.convnets import ConvNetFeedbackPath
 from .explanation import NUM_PREDICTIONS, Explanation, Pass
@@ -73,7 +73,7 @@ def explain(
     _check_inputs(inputs)
     name, backbone, path = _find_stack(model, stack)
     forward = partial(_Forward, backbone, path, _find_adapter(path, adapter_name))
-    with torch.no_grad(), in_evaluation_mode(model.modules()), _with_eager_attention(backbone):
+    with torch.no_grad(), in_evaluation_mode(model.modules()), _with_eager_attention(backbone), _all_rows(path):
         with rescaled([path.selection], 0.0):
             first = forward(has_feedback=False).run(model, inputs)
         second = forward(has_feedback=True).run(model, inputs)
@@ -118,18 +118,22 @@ class _Forward:
 
     def run(self, model: nn.Module, inputs: Mapping[str, Any]) -> "_Forward":
         with ExitStack() as hooks:
-            hooks.enter_context(self.backbone.register_forward_pre_hook(self._ask, with_kwargs=True))
+            for backbone, path in feedback_paths(model):
+                ask = partial(self._ask, path)
+                hooks.enter_context(backbone.register_forward_pre_hook(ask, with_kwargs=True))
             hooks.enter_context(self.backbone.register_forward_hook(self._see_output))
             hooks.enter_context(self.path.register_forward_hook(self._see_feedback, with_kwargs=True))
             self.received = hooks.enter_context(recorded_attention(self.path))
             self.logits = getattr(model(**inputs), "logits", None)
         return self
 
-    def _ask(self, backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def _ask(
+        self, path: FeedbackPath, backbone: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]]:
         """Ask the backbone itself for attentions: a model around it may return those of another one."""
-        forward = self.path.passes.backbone_forward
+        forward = path.passes.backbone_forward
         asked = {"use_cache": False} if "use_cache" in forward.argument_names else {}
-        if self.path.keeps_shape and "output_attentions" in forward.not_recorded:
+        if path is self.path and path.keeps_shape and "output_attentions" in forward.not_recorded:
             asked["output_attentions"] = True
         return args, kwargs | asked
 
@@ -158,7 +162,7 @@ class _Forward:
         channels = 1 if isinstance(path, ConvNetFeedbackPath) else -1
         blocks = sorted(path.blocks_of(name))
         norms = {index: to_numpy(added[index].float().norm(dim=channels)) for index in blocks if index in added}
-        # With `skip_closed_rows` there is none if nothing is selected.
+        # There is none at a strength of 0.
         self.feedback_norm = norms or {index: np.zeros_like(self.mask) for index in blocks}
         return None
 
@@ -240,6 +244,20 @@ def _find_adapter(path: FeedbackPath, wanted: str | None) -> str:
             f"`adapter_name={wanted!r}`, but the active adapters are {path.active_adapters}; name one of them."
         )
     return chosen[0]
+
+
+@contextmanager
+def _all_rows(path: FeedbackPath) -> Iterator[None]:
+    """Pass 2 of all rows for a while, also of those that may be skipped, so that each has what is recorded in it."""
+    configs = [path.selection.topdown_config[name] for name in path.active_adapters]
+    before = [config.skip_closed_rows for config in configs]
+    try:
+        for config in configs:
+            config.skip_closed_rows = False
+        yield
+    finally:
+        for config, skips in zip(configs, before, strict=True):
+            config.skip_closed_rows = skips
 
 
 @contextmanager

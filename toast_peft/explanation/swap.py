@@ -63,7 +63,10 @@ def _swap(
     features, adapter_name, *others = args
     tokens: Tokens | None = kwargs.get("tokens")
     if len(features) < 2:
-        raise ValueError("The batch has one row; expected at least two, as each gets the features of others.")
+        raise ValueError(
+            f"The adapter {adapter_name!r} is for one row of the batch; expected at least two, as each gets the "
+            "features of others."
+        )
     if tokens is not None and tokens.sums is not None:
         raise NotImplementedError(
             "`swapped_features` was used with a key-value cache, in which a gate keeps what it has seen of the row "

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -52,7 +53,8 @@ def _linear_layers(stack: Stack, config: TopDownConfig) -> Iterator[tuple[str, s
         for name in _linear_layers_in(block):
             # Their inputs are the states of an encoder: not of these tokens, and in a cache once for both passes.
             if not is_cross_attention(name):
-                yield join_names(stack.blocks_name, str(index), name), f"{index}-{name.replace('.', '-')}"
+                # PEFT takes the ends of names for `modules_to_save`, so it must not end as the layer does.
+                yield join_names(stack.blocks_name, str(index), name), f"{index}-{name.replace('.', '-')}-pass2"
 
 
 def _linear_layers_in(module: nn.Module, name: str = "") -> Iterator[str]:
@@ -68,6 +70,7 @@ def _linear_layers_in(module: nn.Module, name: str = "") -> Iterator[str]:
 
 def _is_linear(module: nn.Module) -> bool:
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    base = base.original_module if isinstance(base, AuxiliaryTrainingWrapper) else base  # `modules_to_save`
     # Quantised layers of other packages tell their sizes as nn.Linear does.
     has_sizes = min(input_size(base), output_size(base)) > 0
     return isinstance(base, (nn.Linear, Conv1D)) or (has_sizes and not list(base.children()))

@@ -180,5 +180,8 @@ def _final_norm(backbone: nn.Module, blocks: str) -> str | None:
     if blocks not in names:
         return None
     later = names[names.index(blocks) + 1 :]
-    norms = [name for name in later if "norm" in type(backbone.get_submodule(name)).__name__.lower()]
+    modules = {name: backbone.get_submodule(name) for name in later}
+    # Of one that is trained as well, PEFT's wrapper is there.
+    own = {name: getattr(module, "original_module", module) for name, module in modules.items()}
+    norms = [name for name, module in own.items() if "norm" in type(module).__name__.lower()]
     return norms[0] if len(norms) == 1 else None
