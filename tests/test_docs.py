@@ -283,12 +283,18 @@ FORGETTING = {change: partial(TABLES["forgetting"], change) for change in TABLES
 LONGER = [partial(TABLES["forgetting"], change, TABLES["LONG"]) for change in TABLES["CHANGES"]]
 
 
-@pytest.mark.parametrize("table", [TABLES["images"], *FORGETTING.values(), *LONGER])
+FIVE_SETS = partial(TABLES["images"], TABLES["FIVE_SETS"])
+
+
+@pytest.mark.parametrize("table", [TABLES["images"], FIVE_SETS, *FORGETTING.values(), *LONGER])
 def test_tables_are_what_was_measured(table: Callable[[], pd.DataFrame]) -> None:
     assert "\n".join(in_markdown(table())) in RESULTS
 
 
-@pytest.mark.parametrize(("name", "page"), [("focus", "focus"), ("curves", "focus"), ("mask_shares", "focus")])
+OF_MASKS = {"focus": "focus", "curves": "focus", "mask_shares": "focus", "steering": "steering"}
+
+
+@pytest.mark.parametrize(("name", "page"), OF_MASKS.items())
 def test_tables_of_masks_are_what_was_measured(name: str, page: str) -> None:
     assert "\n".join(in_markdown(TABLES[name]())) in PAGES[f"docs/{page}.md"]
 
@@ -306,7 +312,7 @@ def reached(table: Callable[[], pd.DataFrame]) -> pd.Series:
 
 
 def test_readme_sums_up_what_was_measured_on_images() -> None:
-    readme, mean = " ".join(README.split()), TABLES["images"]()["mean"].rename(lambda name: name.strip("`"))
+    readme, mean = " ".join(README.split()), FIVE_SETS()["mean"].rename(lambda name: name.strip("`"))
     best = mean[mean.index.str.contains("toast|pass2")].astype(float).idxmax()
     assert best == "toast-lite-pass2-lora-biases"
     assert f"({mean[best]} %) was level with LoRA on all linear layers ({mean['lora-all-linear']} %)" in readme

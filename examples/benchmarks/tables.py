@@ -4,13 +4,14 @@ python examples/benchmarks/tables.py
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
 
 RESULTS = Path(__file__).parent / "results"
 IMAGES = ("dtd10", "flowers5", "cifar10")
+FIVE_SETS = (*IMAGES, "digits", "street_crops")  # those of `shifted_images.py` as well
 MOSAICS = ("dtd10", "flowers5")
 TARGET = "target perplexity"
 SHORT, LONG = 215, 1000  # trainings on Shakespeare, in steps
@@ -44,18 +45,22 @@ def comparison_table(runs: pd.DataFrame, columns: list[str], digits: int = 3) ->
     return table.rename(index="`{}`".format)
 
 
-def images() -> pd.DataFrame:
-    """Accuracies in per cent on three data sets, the best mean first; the costs are those on the first."""
-    runs = {name: pd.read_csv(RESULTS / f"comparison_{name}.csv") for name in IMAGES}
+def images(names: Sequence[str] = IMAGES) -> pd.DataFrame:
+    """Accuracies in per cent of the methods that were measured on all of some data sets, the best mean first.
+
+    Args:
+        names: of the data sets; the costs are those on the first.
+    """
+    runs = {name: pd.read_csv(RESULTS / f"comparison_{name}.csv") for name in names}
     percent = {name: frame.assign(**{name: 100 * frame["accuracy"]}) for name, frame in runs.items()}
     tables = {name: comparison_table(frame, [name], digits=1) for name, frame in percent.items()}
     tested = [frame[frame["split"] == "test"].groupby("method")[name].mean() for name, frame in percent.items()]
-    means = pd.concat(tested, axis=1).mean(axis=1).rename("`{}`".format).sort_values(ascending=False)
+    means = pd.concat(tested, axis=1).dropna().mean(axis=1).rename("`{}`".format).sort_values(ascending=False)
     # Many trainings ran side by side, so their times say little.
-    table = tables["dtd10"].drop(columns=["learning rate", "weight decay", "seconds"])
-    for place, name in enumerate(IMAGES[1:], start=2):
+    table = tables[names[0]].drop(columns=["learning rate", "weight decay", "seconds"])
+    for place, name in enumerate(names[1:], start=2):
         table.insert(place, name, tables[name][name])
-    table.insert(4, "mean", means.map("{:.1f}".format))
+    table.insert(1 + len(names), "mean", means.map("{:.1f}".format))
     return table.loc[means.index]
 
 
@@ -263,5 +268,5 @@ def mask_shares() -> pd.DataFrame:
 
 if __name__ == "__main__":
     texts = (forgetting(change, steps) for steps in (SHORT, LONG) for change in CHANGES)
-    for table in (images(), *texts, segmentation(), focus(), curves(), mask_shares()):
+    for table in (images(FIVE_SETS), images(), *texts, segmentation(), focus(), curves(), mask_shares(), steering()):
         print(table.to_markdown(disable_numparse=True), end="\n\n")
