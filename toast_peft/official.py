@@ -200,13 +200,12 @@ def _official_config(
     options: dict[str, Any] = {
         "task_type": TaskType.CAUSAL_LM if is_causal_lm else None,
         "r": next(iter(ranks), 0),
-        "lora_alpha": 1,
         "trainable_parts": stage["trainable_parts"],
         "init_weights": False,
         "init_prompt": "random",  # all weights are in the checkpoint
         "normalize_features": official.normalize_features,
         "double_value_bias": official.double_value_bias,
-    }
+    } | ({"lora_alpha": 1} if ranks else {})
     return TopDownConfig(**options | overrides)
 
 
