@@ -102,10 +102,11 @@ class Gate(nn.Module):
     def __init__(self, hidden_size: int, is_running: bool, is_causal: bool = False) -> None:
         super().__init__()
         self.is_causal = is_causal
-        self.direction = nn.Parameter(torch.zeros(hidden_size), requires_grad=False)
-        self.threshold = nn.Parameter(torch.tensor([-1.0]), requires_grad=False)
-        self.width = nn.Parameter(torch.tensor([1.0]), requires_grad=False)
-        self.prior = nn.Parameter(torch.zeros(hidden_size), requires_grad=False) if is_running else None
+        self.direction = nn.Parameter(torch.empty(hidden_size), requires_grad=False)
+        self.threshold = nn.Parameter(torch.empty(1), requires_grad=False)
+        self.width = nn.Parameter(torch.empty(1), requires_grad=False)
+        self.prior = nn.Parameter(torch.empty(hidden_size), requires_grad=False) if is_running else None
+        self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
