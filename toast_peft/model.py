@@ -23,7 +23,7 @@ from .core.prompt_input import given_prompt
 from .core.stack import Stack, remove_feedback_path
 from .core.strength import rescaled, set_scales
 from .core.topdown_layer import NO_MERGE, TopDownLayer, belongs_to
-from .core.variational_loss import last_variational_loss, total
+from .core.variational_loss import last_variational_loss, take_variational_loss, total
 from .families.find import find_stacks
 from .fit_to_model import ADDED_BY_PEFT, check_modules_to_save, check_task_type
 from .loading import SAVED_PREFIX, Load, by_names_of_parameters, check_weights, read_weights
@@ -168,8 +168,8 @@ class TopDownModel(BaseTuner):
             The loss times `variational_weight`, once: zero if the model has added it to its own loss, or if
             `variational_weight` is 0. Shape: []
         """
-        hooks = [path.passes.loss_hook for _, path in feedback_paths(self.model)]
-        losses = [loss for loss in (hook.take() for hook in hooks) if loss is not None]
+        taken = [take_variational_loss(path) for _, path in feedback_paths(self.model)]
+        losses = [loss for loss in taken if loss is not None]
         return total(losses) if losses else torch.zeros(())
 
     @property

@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from toast_peft import OFFICIAL_STAGES, TopDownConfig
+from toast_peft.core.layers import feedback_paths
 
 from ..helpers import adapted, assert_same, blocks_of, gradients, loss_of, output_of, steered, takes_adapters
 from ..zoo import NUM_BLOCKS, RANGES, VIT_AND_LLAMA, inputs_of, tiny_model
@@ -82,7 +83,8 @@ def test_for_a_loss_outside_of_the_model(model_class: type) -> None:
     torch.testing.assert_close(model.variational_loss(), expected)
     assert not model.variational_loss()
     model(**inputs)
-    with pytest.raises(RuntimeError, match="stop"), model.get_base_model().register_forward_pre_hook(raise_stop):
+    backbone, _ = next(feedback_paths(model))
+    with pytest.raises(RuntimeError, match="stop"), backbone.register_forward_pre_hook(raise_stop):
         model(**inputs)
     model.eval()(**inputs)
     assert not model.variational_loss()  # nothing of the forwards before

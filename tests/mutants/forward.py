@@ -335,9 +335,21 @@ IN_A_FORWARD = [
     ),
     Mutant(
         "variational loss: forgotten by an evaluation",
-        "if model.training and self.path.active_adapters:",
-        "if True:",
+        "        if self.module.training:\n            self._forget_loss()",
+        "        if True:\n            self._forget_loss()",
         "features/test_variational_loss.py -k in_between",
+    ),
+    Mutant(
+        "variational loss: forgotten by a forward of the base model",
+        "            if path.active_adapters:\n                path.state.current.variational_loss = None",
+        "            if True:\n                path.state.current.variational_loss = None",
+        "features/test_variational_loss.py -k in_between",
+    ),
+    Mutant(
+        "variational loss: that of a forward whose loss nobody took stays",
+        "            self._forget_loss()\n",
+        "            pass\n",
+        "features/test_variational_loss.py -k outside_of_the_model",
     ),
     Mutant(
         "variational loss: only of the last backbone",

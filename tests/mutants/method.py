@@ -69,7 +69,7 @@ AROUND_IT = [
     # ------------------------------------------------------------------ injection, switching, saving, loading
     Mutant(
         "delete: layers disagree about what is active",
-        "        if self.active_adapter:\n            self.set_adapter(self.active_adapter)\n",
+        "        if was_active and self.active_adapter:\n            self.set_adapter(self.active_adapter)\n",
         "",
         "features/test_peft_contract.py -k deleting",
     ),

@@ -38,8 +38,8 @@ OF_A_SCALE = [
     ),
     Mutant(
         "feedback scale: stays when the adapter is deleted",
-        '("topdown_config", "topdown_identity", "topdown_feedback_scale")',
-        '("topdown_config", "topdown_identity")',
+        '("topdown_config", "topdown_range", "topdown_identity", "topdown_feedback_scale")',
+        '("topdown_config", "topdown_range", "topdown_identity")',
         f"{SCALE}each_adapter",
     ),
     Mutant(

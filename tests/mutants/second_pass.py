@@ -33,8 +33,8 @@ OF_THE_SECOND_PASS = [
     ),
     Mutant(
         "LoRA of pass 2: of cross-attention, whose keys and values are kept once",
-        "if not is_cross_attention(name):\n                yield join_names(stack.blocks_name",
-        "if True:\n                yield join_names(stack.blocks_name",
+        "            if not is_cross_attention(name):\n                # PEFT takes the ends",
+        "            if True:\n                # PEFT takes the ends",
         f"{LORA}encoder_decoder",
     ),
     Mutant(

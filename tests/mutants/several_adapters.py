@@ -52,8 +52,8 @@ OF_SEVERAL_ADAPTERS = [
     ),
     Mutant(
         "several: a cache does not know the set",
-        "identity = tuple(None if name is None else identities.get(name) for name in whose)",
-        "identity = ()",
+        "identity = [tuple(identities[name] for name in names if name in identities) for names in rows]",
+        "identity = [()]",
         f"{MIXED}cached_is_recomputed_with_gates",
     ),
     Mutant(

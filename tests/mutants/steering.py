@@ -68,7 +68,7 @@ OF_STEERING = [
     ),
     Mutant(
         "given prompt: the argument stays after unload",
-        "        if not self.prompt_input.paths:\n            self.prompt_input.remove()",
+        "        if not self.model_forward.paths:\n            self.model_forward.remove()",
         "",
         f"{GIVEN}unload",
     ),

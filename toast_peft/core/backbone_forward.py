@@ -27,7 +27,7 @@ import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
-from .active_adapters import ActiveAdapter, check_together
+from .active_adapters import ActiveAdapter, PathInput, check_together, compute_feedback
 from .block_forward import BlockForward
 from .cache import (
     CacheOwner,
@@ -40,7 +40,6 @@ from .cache import (
 )
 from .checkpoint import CheckpointWithFeedback, wrap_checkpoint
 from .dropout import has_dropout, pass_without_dropout
-from .feedback_of_adapters import PathInput, compute_feedback
 from .gate import tokens_for
 from .joint_pass import JointPass
 from .layers import FeedbackPath, hidden_states_of
@@ -140,7 +139,7 @@ class BackboneForward(ReplacedForward):
         return self.original(**kwargs)
 
     def _run_without_cache(self, run: Run, kwargs: dict[str, Any]) -> Any:
-        skips = may_skip_rows(run.adapters)
+        skips = self._may_skip_rows(run)
         if skips:
             run.kept_below = run.feedback_from
         run.complete = self.state.current.without_second_pass and not self._is_recorded_outside()
@@ -244,28 +243,34 @@ class BackboneForward(ReplacedForward):
 
     def _new_run(self, names: list[str], kwargs: dict[str, Any]) -> Run:
         adapters = tuple([self._adapter(name) for name in names])
-        check_together(adapters, self.module.training)
+        if len(adapters) > 1:
+            check_together(adapters, self.module.training)
         fused = self.path.fused
         if fused is not None:
             fused.check(names, self.module.training)
         recorded = ("output_attentions", "output_router_logits")
-        is_random = has_dropout(self.module)
+        is_random = self.module.training and has_dropout(self.module)
         # What pass 1 has computed without dropout is not what they compute in pass 2.
         runs_again = is_random or (self.records_inside and any(self._option(name, kwargs) for name in recorded))
         return run_of(adapters, runs_again, is_random, of_values=fused is not None and fused.of_values)
 
     def _adapter(self, name: str) -> ActiveAdapter:
-        config = self.path.selection.topdown_config[name]
-        return ActiveAdapter(name, config, *config.feedback_range(len(self.blocks)))
+        selection = self.path.selection
+        return ActiveAdapter(name, selection.topdown_config[name], *selection.topdown_range[name])
+
+    def _may_skip_rows(self, run: Run) -> bool:
+        return run.adapters[0].config.skip_closed_rows and may_skip_rows(run.adapters)
 
     def _option(self, name: str, kwargs: dict[str, Any]) -> Any:
         value = kwargs.get(name)
         return getattr(getattr(self.module, "config", None), name, None) if value is None else value
 
     def _cache(self, run: Run, kwargs: dict[str, Any]) -> TwoPassCache | None:
+        if not self.has_cache:
+            return None
         refuse_paged_cache(kwargs)
         name = cache_argument(kwargs, self.cache_parameter)
-        if not self.has_cache or name is None:
+        if name is None:
             return None
         cache = kwargs.get(name)
         if cache is None:
@@ -275,7 +280,7 @@ class BackboneForward(ReplacedForward):
             if checkpointing or is_own or not self._option("use_cache", kwargs):
                 return None
         has_cross_attention = kwargs.get("encoder_hidden_states") is not None
-        may_share = may_skip_rows(run.adapters) and self._may_share(run, cache)
+        may_share = self._may_skip_rows(run) and self._may_share(run, cache)
         # Adapters that start from the same features share a running sum.
         summed = {(a.feedback_from, self._normalizes(a)) for a in run.adapters if a.config.gate == "sequence"}
         return TwoPassCache(

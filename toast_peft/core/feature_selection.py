@@ -83,7 +83,7 @@ class FeatureSelection(TopDownLayer):
         *("topdown_prompt", "topdown_transform", "topdown_transform_A", "topdown_transform_B"),
         "topdown_gate",
     )
-    other_param_names = ("topdown_config", "topdown_identity", "topdown_feedback_scale")
+    other_param_names = ("topdown_config", "topdown_range", "topdown_identity", "topdown_feedback_scale")
     parts: ClassVar = {
         "prompt": "prompt",
         **dict.fromkeys(["transform", "transform_A", "transform_B"], "transform"),
@@ -97,11 +97,14 @@ class FeatureSelection(TopDownLayer):
         self.topdown_transform_B = nn.ModuleDict()
         self.topdown_gate = nn.ModuleDict()
         self.topdown_config: dict[str, TopDownConfig] = {}
+        self.topdown_range: dict[str, tuple[int, int]] = {}
         self.topdown_identity: dict[str, AdapterIdentity] = {}
         self.topdown_feedback_scale: dict[str, float] = {}
         self.state = ThreadState()
 
-    def update_layer(self, adapter_name: str, config: TopDownConfig, hidden_size: int, blocks_name: str) -> None:
+    def update_layer(
+        self, adapter_name: str, config: TopDownConfig, hidden_size: int, blocks_name: str, num_blocks: int
+    ) -> None:
         """Create the prompt and the transform of an adapter, and its gate.
 
         Args:
@@ -109,8 +112,10 @@ class FeatureSelection(TopDownLayer):
             config: its config.
             hidden_size: number of channels of the features.
             blocks_name: the full name in the model of the list of blocks.
+            num_blocks: how many there are.
         """
         self.topdown_config[adapter_name] = config
+        self.topdown_range[adapter_name] = config.feedback_range(num_blocks)
         self.topdown_identity[adapter_name] = AdapterIdentity()
         self.topdown_feedback_scale[adapter_name] = config.feedback_scale
         self.topdown_prompt[adapter_name] = Prompt(hidden_size, std=0.02 if config.init_weights else 1.0)

@@ -19,11 +19,10 @@ from ..config import TopDownConfig
 from .feature_selection import FeatureSelection
 from .feedback import low_rank, step_down
 from .gate import Tokens
-from .module_tree import to_device_of
 from .output_feedback import TO_OUTPUT, OutputFeedback
 from .run import SecondPass, ThreadState
 from .second_pass_lora import SecondPassLora
-from .topdown_layer import TopDownLayer, weight_of
+from .topdown_layer import TopDownLayer, to_device_of, weight_of
 from .value_projection import input_size
 
 if TYPE_CHECKING:

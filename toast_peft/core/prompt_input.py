@@ -2,8 +2,8 @@
 
     m = clamp(cos(x, topdown_prompt), 0, 1)
 
-It is an argument of the model's forward and of `generate`, or holds in a `with` block. Until the call is over it waits
-in the state of the thread, where the feature selection finds it. Pass 1 does not depend on it.
+It is an argument of the model's forward and of `generate` (`model_forward.py`), or holds in a `with` block. Until the
+call is over it waits in the state of the thread, where the feature selection finds it. Pass 1 does not depend on it.
 
 Notation used for tensor shapes:
     - b: batch size
@@ -11,15 +11,11 @@ Notation used for tensor shapes:
     - d: hidden size
 """
 
-import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import nn
-
-from .replaced_forward import ReplacedForward
 
 if TYPE_CHECKING:
     from .layers import FeedbackPath
@@ -76,7 +72,7 @@ class GivenPrompt(NamedTuple):
         return repeats
 
 
-def _checked(paths: Iterable["FeedbackPath"], prompts: torch.Tensor) -> "FeedbackPath":
+def path_for(paths: Iterable["FeedbackPath"], prompts: torch.Tensor) -> "FeedbackPath":
     """The feedback path that prompts are for, after checks of all that is known before the forward."""
     paths = list(paths)
     if [path for path in paths if path.state.current.row_names is not None]:
@@ -114,82 +110,9 @@ def given_prompt(paths: Iterable["FeedbackPath"], prompts: torch.Tensor) -> Iter
     Raises:
         ValueError: if they do not fit.
     """
-    current = _checked(paths, prompts).state.current
+    current = path_for(paths, prompts).state.current
     outer, current.prompt = current.prompt, GivenPrompt(prompts, may_repeat=True)
     try:
         yield
     finally:
         current.prompt = outer
-
-
-class PromptInput(ReplacedForward):
-    """Forward of a model with one more argument, `topdown_prompt`; its `generate`, if it has one, takes it as well.
-
-    Args:
-        module: the model.
-        path: that of a backbone in it.
-
-    Attributes:
-        paths: those of all its backbones.
-    """
-
-    def __init__(self, module: nn.Module, path: "FeedbackPath") -> None:
-        super().__init__(module, path.state)
-        self.paths = [path]
-        self.generate = PromptedGenerate(module, self) if hasattr(type(module), "generate") else None
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return self.signature_with(PROMPT_INPUT)
-
-    def __call__(self, *args: Any, topdown_prompt: torch.Tensor | None = None, **kwargs: Any) -> Any:
-        """Call the model.
-
-        Args:
-            args: the other arguments.
-            topdown_prompt: what to compare the features with; `None` for the learned prompt. Shape: [d] or [b, d]
-            kwargs: the other arguments.
-        """
-        if topdown_prompt is None:
-            return self.original(*args, **kwargs)
-        current = _checked(self.paths, topdown_prompt).state.current
-        # Not `given_prompt`, as torch.compile has only begun to trace generators.
-        outer, current.prompt = current.prompt, GivenPrompt(topdown_prompt, may_repeat=False)
-        try:
-            return self.original(*args, **kwargs)
-        finally:
-            current.prompt = outer
-
-    def remove(self) -> None:
-        super().remove()
-        if self.generate is not None:
-            self.generate.remove()
-
-
-class PromptedGenerate(ReplacedForward):
-    """`generate` of a model with one more argument, `topdown_prompt`.
-
-    It stays out of the arguments that `generate` hands on to the forwards, of which it repeats the rows of tensors, be
-    it one prompt for all, and of which some models keep only those that they know.
-
-    Args:
-        module: the model.
-        prompt_input: its forward.
-    """
-
-    method: ClassVar[str] = "generate"
-
-    def __init__(self, module: nn.Module, prompt_input: PromptInput) -> None:
-        super().__init__(module, prompt_input.state)
-        self.prompt_input = prompt_input
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return self.signature_with(PROMPT_INPUT)
-
-    def __call__(self, *args: Any, topdown_prompt: torch.Tensor | None = None, **kwargs: Any) -> Any:
-        """Generate. Arguments as those of the forward and of `generate`."""
-        if topdown_prompt is None:
-            return self.original(*args, **kwargs)
-        with given_prompt(self.prompt_input.paths, topdown_prompt):
-            return self.original(*args, **kwargs)

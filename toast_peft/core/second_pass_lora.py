@@ -22,10 +22,9 @@ from torch.utils.hooks import RemovableHandle
 from ..config import TopDownConfig
 from .active_adapters import Rows
 from .feedback import low_rank
-from .module_tree import to_device_of
 from .moving_hooks import MovingHooks
 from .run import SecondPass, ThreadState
-from .topdown_layer import TopDownLayer, weight_of
+from .topdown_layer import TopDownLayer, to_device_of, weight_of
 from .value_projection import input_size, output_size
 
 

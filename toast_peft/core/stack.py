@@ -62,7 +62,7 @@ class Stack(ABC):
 
     def add_adapter(self, path: FeedbackPath, model: nn.Module, adapter_name: str, config: TopDownConfig) -> None:
         """Give a new adapter what it has besides the feedback layers of the blocks."""
-        path.selection.update_layer(adapter_name, config, self.hidden_size, self.blocks_name)
+        path.selection.update_layer(adapter_name, config, self.hidden_size, self.blocks_name, len(self.blocks))
         if config.feedback_to_output:
             path.add_output().update_layer(adapter_name, config, self.hidden_size)
             path.passes.steer_output()

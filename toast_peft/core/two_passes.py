@@ -3,17 +3,17 @@
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
 from torch import nn
 
 from .backbone_forward import BackboneForward
 from .block_forward import BlockForward
 from .layers import FeedbackPath, feedback_paths
+from .model_forward import ModelForward
 from .output_feedback import OutputHook
-from .prompt_input import PromptInput
 from .second_pass_lora import SecondPassHook, SecondPassLora
 from .stored_pass import Origin, StoredInput
 from .value_projection import ValueColumns, ValueHooks
-from .variational_loss import LossHook
 
 if TYPE_CHECKING:
     from .stack import Stack
@@ -27,6 +27,9 @@ class TwoPasses:
         path: computes the feedback.
         model: the whole model, which returns the loss.
         value_columns: where the values are in the output of fused projections, `None` for those of values only.
+
+    Attributes:
+        last_variational_loss: the last one that became a part of a loss, without gradient, for logging. Shape: []
     """
 
     block_forward_class: ClassVar[type[BlockForward]] = BlockForward
@@ -44,18 +47,18 @@ class TwoPasses:
         self.value_hooks: dict[int, ValueHooks] = {}
         self.second_pass_hooks: dict[str, SecondPassHook] = {}
         self.output_hook: OutputHook | None = None
-        self.loss_hook = LossHook(model, path)
-        self.prompt_input = self._accept_prompts(model)
+        self.model_forward = self._forward_of(model)
+        self.last_variational_loss: torch.Tensor | None = None
         self.stored_input: StoredInput | None = None
 
-    def _accept_prompts(self, model: nn.Module) -> PromptInput:
-        """Let a model take prompts as one more input; it may do so already for another backbone in it."""
+    def _forward_of(self, model: nn.Module) -> ModelForward:
+        """The new forward of the model, which it may have already for another backbone in it."""
         for _, path in feedback_paths(model):
-            accepted = path.passes.prompt_input
-            if accepted.module is model:
-                accepted.paths.append(self.path)
-                return accepted
-        return PromptInput(model, self.path)
+            found = path.passes.model_forward
+            if found.module is model:
+                found.paths.append(self.path)
+                return found
+        return ModelForward(model, self.path)
 
     def numbered_modules(self, stack: "Stack") -> Iterable[tuple[int, nn.Module]]:
         """The modules that a pass can skip."""
@@ -97,13 +100,12 @@ class TwoPasses:
         """Leave the modules as they were."""
         if self.stored_input is not None:  # it may be in front of the backbone's
             self.stored_input.remove()
-        self.prompt_input.paths.remove(self.path)
-        if not self.prompt_input.paths:
-            self.prompt_input.remove()
+        self.model_forward.paths.remove(self.path)
+        if not self.model_forward.paths:
+            self.model_forward.remove()
         for forward in (self.backbone_forward, *self.block_forwards):
             forward.remove()
         for hooks in (*self.value_hooks.values(), *self.second_pass_hooks.values()):
             hooks.remove()
         if self.output_hook is not None:
             self.output_hook.remove()
-        self.loss_hook.remove()

@@ -16,7 +16,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from ..config import TopDownConfig
 from .feedback import reconstruction_error
 from .layers import FeedbackPath, feedback_paths, hidden_states_of
-from .module_tree import to_device_of
+from .topdown_layer import to_device_of
 
 
 class Reconstruction:
@@ -69,60 +69,35 @@ def padding_to_leave_out(config: TopDownConfig, kwargs: dict[str, Any]) -> torch
     return mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
 
 
-class LossHook:
-    """Adds the variational loss of a forward to the loss that the model returns.
-
-    A hook on the model, not a part of a PEFT model's forward: that one is not called without a task type.
+def with_variational_loss(output: Any, path: FeedbackPath, model: nn.Module, kwargs: dict[str, Any]) -> Any:
+    """The output of a model with the variational loss in its loss, if it has one; else it is left to be taken.
 
     Args:
-        model: the module that returns the loss.
-        path: has the variational loss that this thread's last forward has left, and knows the active adapter.
-
-    Attributes:
-        last: the last one that became a part of a loss, for logging.
+        output: what the model returns.
+        path: has the variational loss that this thread's last forward has left.
+        model: the model.
+        kwargs: what it was called with.
     """
-
-    def __init__(self, model: nn.Module, path: FeedbackPath) -> None:
-        self.state = path.state
-        self.path = path
-        self.last: torch.Tensor | None = None
-        self.handles = (
-            model.register_forward_pre_hook(self.forget),
-            model.register_forward_hook(self.add_to_loss, with_kwargs=True),
-        )
-
-    def forget(self, model: nn.Module, args: tuple) -> None:
-        """Forget what nobody took of the forward before; a reference model or an evaluation in between is none."""
-        if model.training and self.path.active_adapters:
-            self.state.current.variational_loss = None
-
-    def add_to_loss(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        """The output with the variational loss in its loss, if it has one."""
-        added = self.state.current.variational_loss
-        if added is None:
-            return None
-        is_tuple = isinstance(output, tuple)
-        loss = output[0] if is_tuple else getattr(output, "loss", None)
-        if not isinstance(loss, torch.Tensor) or loss.dim() > 0:  # a tuple without a loss begins with something else
-            return None
-        loss = loss + _share_of_batch(model, kwargs) * added.to(loss.device)
-        self.take()
-        if is_tuple:
-            return (loss, *output[1:])
-        output.loss = loss
+    is_tuple = isinstance(output, tuple)
+    loss = output[0] if is_tuple else getattr(output, "loss", None)
+    if not isinstance(loss, torch.Tensor) or loss.dim() > 0:  # a tuple without a loss begins with something else
         return output
+    added = take_variational_loss(path)
+    assert added is not None  # it is the reason for the call
+    loss = loss + _share_of_batch(model, kwargs) * added.to(loss.device)
+    if is_tuple:
+        return (loss, *output[1:])
+    output.loss = loss
+    return output
 
-    def take(self) -> torch.Tensor | None:
-        """The variational loss of the last forward, which is then forgotten. Shape: []"""
-        loss, self.state.current.variational_loss = self.state.current.variational_loss, None
-        if loss is not None:
-            self.last = loss.detach()
-        return loss
 
-    def remove(self) -> None:
-        """Remove the hooks."""
-        for handle in self.handles:
-            handle.remove()
+def take_variational_loss(path: FeedbackPath) -> torch.Tensor | None:
+    """The variational loss of the last forward of this thread, which is then forgotten. Shape: []"""
+    current = path.state.current
+    loss, current.variational_loss = current.variational_loss, None
+    if loss is not None:
+        path.passes.last_variational_loss = loss.detach()
+    return loss
 
 
 def last_variational_loss(model: nn.Module) -> torch.Tensor | None:
@@ -130,7 +105,7 @@ def last_variational_loss(model: nn.Module) -> torch.Tensor | None:
 
     Shape: []
     """
-    losses = [path.passes.loss_hook.last for _, path in feedback_paths(model)]
+    losses = [path.passes.last_variational_loss for _, path in feedback_paths(model)]
     found = [loss for loss in losses if loss is not None]
     return total(found) if found else None
 

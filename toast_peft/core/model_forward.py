@@ -1,0 +1,110 @@
+"""The forward of the whole model: takes a prompt as one more input, and gives the variational loss with its own loss.
+
+Below it, somewhere in the model, are the backbones that run twice.
+
+Notation used for tensor shapes:
+    - b: batch size
+    - d: hidden size
+"""
+
+import inspect
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from .layers import FeedbackPath
+from .prompt_input import PROMPT_INPUT, GivenPrompt, given_prompt, path_for
+from .replaced_forward import ReplacedForward
+from .variational_loss import with_variational_loss
+
+
+class ModelForward(ReplacedForward):
+    """Forward of a model with one more argument, `topdown_prompt`; its `generate`, if it has one, takes it as well.
+
+    It is on the model, and not a part of a PEFT model's forward: that one is not called without a task type.
+
+    Args:
+        module: the model.
+        path: that of a backbone in it.
+
+    Attributes:
+        paths: those of all its backbones.
+    """
+
+    def __init__(self, module: nn.Module, path: FeedbackPath) -> None:
+        super().__init__(module, path.state)
+        self.paths = [path]
+        self.generate = PromptedGenerate(module, self) if hasattr(type(module), "generate") else None
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return self.signature_with(PROMPT_INPUT)
+
+    def __call__(self, *args: Any, topdown_prompt: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        """Call the model.
+
+        Args:
+            args: the other arguments.
+            topdown_prompt: what to compare the features with; `None` for the learned prompt. Shape: [d] or [b, d]
+            kwargs: the other arguments.
+        """
+        if self.module.training:
+            self._forget_loss()
+        if topdown_prompt is None:
+            output = self.original(*args, **kwargs)
+        else:
+            output = self._prompted(topdown_prompt, *args, **kwargs)
+        for path in self.paths:
+            if path.state.current.variational_loss is not None:
+                output = with_variational_loss(output, path, self.module, kwargs)
+        return output
+
+    def _forget_loss(self) -> None:
+        """Forget what nobody took of the forward before; a reference model or an evaluation in between is none."""
+        for path in self.paths:
+            if path.active_adapters:
+                path.state.current.variational_loss = None
+
+    def _prompted(self, topdown_prompt: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        current = path_for(self.paths, topdown_prompt).state.current
+        # Not `given_prompt`, as torch.compile has only begun to trace generators.
+        outer, current.prompt = current.prompt, GivenPrompt(topdown_prompt, may_repeat=False)
+        try:
+            return self.original(*args, **kwargs)
+        finally:
+            current.prompt = outer
+
+    def remove(self) -> None:
+        super().remove()
+        if self.generate is not None:
+            self.generate.remove()
+
+
+class PromptedGenerate(ReplacedForward):
+    """`generate` of a model with one more argument, `topdown_prompt`.
+
+    It stays out of the arguments that `generate` hands on to the forwards, of which it repeats the rows of tensors, be
+    it one prompt for all, and of which some models keep only those that they know.
+
+    Args:
+        module: the model.
+        model_forward: its forward.
+    """
+
+    method: ClassVar[str] = "generate"
+
+    def __init__(self, module: nn.Module, model_forward: ModelForward) -> None:
+        super().__init__(module, model_forward.state)
+        self.model_forward = model_forward
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return self.signature_with(PROMPT_INPUT)
+
+    def __call__(self, *args: Any, topdown_prompt: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        """Generate. Arguments as those of the forward and of `generate`."""
+        if topdown_prompt is None:
+            return self.original(*args, **kwargs)
+        with given_prompt(self.model_forward.paths, topdown_prompt):
+            return self.original(*args, **kwargs)
