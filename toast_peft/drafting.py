@@ -129,7 +129,8 @@ class SideBySide:
         self._run(self.model, first, **{**inputs, self.cache_name: caches[0]})
         if first.next_features is None:
             raise _not_supported(self.model, "has its adapter on another module than the one that generates")
-        logits = self._run(self.model, JointPass(0, first.next_features), **{**inputs, self.cache_name: caches[1]})
+        second = JointPass(0, first.next_features)
+        logits = self._run(self.model, second, **{**inputs, self.cache_name: caches[1]})
         # In the second row a column before all others, and in the first one after them for `step_again` to take back.
         for index, (of_first, of_second) in enumerate(zip(caches[0].layers, caches[1].layers, strict=True)):
             keys, values = (
@@ -150,6 +151,8 @@ class SideBySide:
         self.position = positions[:, -1:]
         # With the strides that those of a step have, or a compiled forward would be compiled twice.
         self.features = first.next_features[:, -1:].clone(memory_format=torch.contiguous_format)
+        sums = None if second.sums is None else F.pad(second.sums, (0, 0, 1, 0))[:, -2:-1]
+        self.sums_before = None if sums is None else sums.clone(memory_format=torch.contiguous_format)
         self.token = input_ids[:, -1:]
         return logits[:, -1].float()
 
@@ -173,7 +176,7 @@ class SideBySide:
             Logits of pass 2, of what is to be chosen in the place of the draft. Shape: [1, vocabulary]
         """
         self.position = self.position + 1
-        self.token, self.features = self.next_token, self.next_features
+        self.token, self.features, self.sums_before = self.next_token, self.next_features, self.next_sums
         self._step(draft)
         return self.logits[1:]
 
@@ -185,7 +188,7 @@ class SideBySide:
     def _step(self, token: torch.Tensor) -> None:
         self.num_columns += 1
         is_static = isinstance(self.cache, StaticCache)
-        joint = JointPass(1, self.features)
+        joint = JointPass(1, self.features, self.sums_before)
         logits = self._run(
             self.forward,
             joint,
@@ -199,6 +202,7 @@ class SideBySide:
         # Of a compiled forward the outputs are overwritten by the next one.
         self.logits, self.next_token = logits[:, -1].to(torch.float32, copy=True), token
         self.next_features = joint.next_features.clone()
+        self.next_sums = None if joint.sums is None else joint.sums.clone()
 
     def _run(self, forward: Callable[..., Any], joint: JointPass, **kwargs: Any) -> torch.Tensor:
         current = self.path.state.current
@@ -253,9 +257,6 @@ def _check_model(
         "is an encoder-decoder": model.config.is_encoder_decoder,
         "does not take `position_ids`": "position_ids" not in parameters,
         f"has a cache of {', '.join(sorted(kind.__name__ for kind in other))}": other,
-        "has feedback to the output": config.feedback_to_output,
-        "has LoRA of pass 2": path.in_second_pass(str(path.active_adapter)) is not None,
-        "has a sequence gate": config.gate == "sequence",
         "adds biases twice in pass 2 (`double_value_bias`)": config.double_value_bias,
     }
     for reason, applies in reasons.items():

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers as tf
 from peft import PeftModel
+from torch.nn import functional as F
 from transformers import DynamicCache
 
 from toast_peft import draft_with_first_pass
@@ -14,9 +15,12 @@ from toast_peft.drafting import SideBySide
 
 from ..helpers import CACHE, adapted, output_of, steered
 from ..zoo import DECODERS, VARIANTS, inputs_of, tiny_model
+from .test_gate import gated
 
 NEW_TOKENS = 12
 STATIC = {"cache_implementation": "static"}
+PADDED = {"attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1]])}
+ONE_TOKEN = {"input_ids": torch.tensor([[5]]), "attention_mask": torch.ones(1, 1, dtype=torch.long)}
 
 
 def exact(model_class: type = tf.LlamaForCausalLM, **options: Any) -> PeftModel:
@@ -61,8 +65,8 @@ def test_same_tokens(model_class: type, variant: str) -> None:
         {"repetition_penalty": 3.0},
         {"eos_token_id": list(range(1, 60, 3)), "pad_token_id": 0},
         {"max_new_tokens": 1},
-        {"input_ids": torch.tensor([[5]]), "attention_mask": torch.ones(1, 1, dtype=torch.long)},
-        {"attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1]])},
+        ONE_TOKEN,
+        PADDED,
         {CACHE: DynamicCache},
     ],
     ids=str,
@@ -81,9 +85,55 @@ def test_same_tokens_with_fused_feedback(variant: str) -> None:
     assert torch.equal(generate(model, drafted=True), expected)
 
 
+LORA = {"pass2_target_modules": "all-linear", "pass2_bias": "all"}
+ADDED: dict[str, dict[str, Any]] = {
+    "token gate": {"gate": "token"},
+    "sequence gate": {"gate": "sequence"},
+    "output": {"feedback_to_output": True},
+    "LoRA": LORA,
+    "LoRA alone": {**LORA, "trainable_parts": ["pass2"], "gate": "sequence"},
+    "all": {**LORA, "feedback_to_output": True, "gate": "sequence", "feedback_from": 2, "feedback_to": 1, "r": 4},
+}
+
+
+def with_added(added: str, model_class: type = tf.LlamaForCausalLM) -> PeftModel:
+    """A model whose pass 2 adds more than feedback, or not everywhere."""
+    make = gated if "gate" in ADDED[added] else exact
+    return make(model_class, **ADDED[added], **({"task_type": "CAUSAL_LM"} if make is gated else {}))
+
+
+@pytest.mark.parametrize("options", [{}, STATIC, PADDED, ONE_TOKEN], ids=str)
+@pytest.mark.parametrize("added", ADDED)
+def test_same_logits_with_all_that_pass_2_may_add(
+    added: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = with_added(added)
+    logits: list[torch.Tensor] = []
+    step = SideBySide.step
+    monkeypatch.setattr(SideBySide, "step", lambda self, draft: (logits.append(step(self, draft)), logits[-1])[1])
+    sequence = generate(model, drafted=True, **options)
+    assert torch.equal(sequence, generate(model, drafted=False, **options))
+    mask = F.pad(options.get("attention_mask", torch.ones(1, len(sequence[0]) - NEW_TOKENS)), (0, NEW_TOKENS), value=1)
+    inputs = {"input_ids": sequence, "attention_mask": mask.long(), "use_cache": False}
+    positions = (mask.cumsum(-1) - 1).clamp(min=0).long()
+    inputs["position_ids"] = positions
+    expected = output_of(model, inputs)[0, -NEW_TOKENS:-1]
+    if options in ({}, STATIC):  # after other prompts the adapter may change nothing
+        with model.disable_adapter():
+            assert (output_of(model, inputs)[0, -NEW_TOKENS:-1] - expected).abs().max() > 1e-3
+    torch.testing.assert_close(torch.cat(logits), expected.float(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("model_class", DECODERS)
+def test_same_tokens_with_all_that_pass_2_may_add(model_class: type) -> None:
+    model = with_added("all", model_class)
+    assert torch.equal(generate(model, drafted=True), generate(model, drafted=False))
+
+
 @pytest.mark.slow
-def test_compiled_once_with_a_static_cache() -> None:
-    model = exact()
+@pytest.mark.parametrize("added", ["none", "all"])
+def test_compiled_once_with_a_static_cache(added: str) -> None:
+    model = exact() if added == "none" else with_added(added)
     expected = generate(model, drafted=False)
     compiled = tf.CompileConfig(backend="aot_eager", fullgraph=True, mode=None)
     compiled._compile_all_devices = True  # by default generation compiles on GPUs only

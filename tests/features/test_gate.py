@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import Cache, DynamicCache, StaticCache
 
-from toast_peft import TopDownConfig, draft_with_first_pass, explain, feedback_statistics, store_features
+from toast_peft import TopDownConfig, explain, feedback_statistics, store_features
 from toast_peft.core.gate import Gate, Tokens, first_of_texts, own_tokens
 
 from ..helpers import (
@@ -453,12 +453,6 @@ def test_compiled_decoding_with_a_static_cache() -> None:
     assert_same_numbers(generate(model, **COMPILED), expected)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert not torch._dynamo.utils.counters["graph_break"]
-
-
-def test_drafting_takes_no_running_sum() -> None:
-    model = gated(tf.LlamaForCausalLM)
-    with pytest.raises(NotImplementedError, match="has a sequence gate"):
-        model.generate(input_ids=inputs_of(model)["input_ids"][:1], custom_generate=draft_with_first_pass)
 
 
 def test_copies_and_saved_adapters_have_it(tmp_path: Any) -> None:

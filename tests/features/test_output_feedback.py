@@ -10,7 +10,7 @@ import transformers as tf
 from peft import PeftModel
 from torch import nn
 
-from toast_peft import TopDownConfig, draft_with_first_pass, explain, store_features
+from toast_peft import TopDownConfig, explain, store_features
 from toast_peft.commands.saved import describe
 
 from ..golden.reference import ReferenceModel
@@ -179,12 +179,6 @@ def test_explanation_is_about_the_blocks() -> None:
     explanation = explain(model, inputs_for(model))
     assert len(feedback_of(model, inputs_for(model))[0]) == NUM_BLOCKS + 1
     assert len(explanation.feedback_norm) == NUM_BLOCKS
-
-
-def test_drafting_is_refused() -> None:
-    model = steered(tiny_model(tf.LlamaForCausalLM), **OPTIONS)
-    with pytest.raises(NotImplementedError, match=r"which has feedback to the output; leave out `custom_generate`"):
-        model.generate(input_ids=inputs_of(model)["input_ids"][:1], custom_generate=draft_with_first_pass)
 
 
 @pytest.mark.parametrize("model_class", MODELS)

@@ -14,7 +14,7 @@ import transformers as tf
 from peft import PeftModel
 from torch import nn
 
-from toast_peft import TopDownConfig, draft_with_first_pass, store_features
+from toast_peft import TopDownConfig, store_features
 
 from ..golden.reference import ReferenceModel
 from ..helpers import (
@@ -373,9 +373,3 @@ def test_exported() -> None:
         exported = torch.export.export(model, (), inputs, strict=False).module()
     assert_same(output_of(exported, inputs), output_of(model, inputs))
     assert gate_of(model) is not None  # of the last forward, and not of the traced one
-
-
-def test_drafting_is_refused() -> None:
-    model = steered(tiny_model(tf.LlamaForCausalLM), **LORA)
-    with pytest.raises(NotImplementedError, match=r"which has LoRA of pass 2; leave out `custom_generate`"):
-        model.generate(input_ids=inputs_of(model)["input_ids"][:1], custom_generate=draft_with_first_pass)

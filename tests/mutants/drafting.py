@@ -31,8 +31,8 @@ OF_DRAFTING = [
     ),
     Mutant(
         "drafting: feedback in pass 1 as well",
-        "F.pad(self.features, (0, 0, 0, 0, self.num_first_rows, 0))",
-        "self.features.repeat(1 + self.num_first_rows, 1, 1)",
+        "else self._with_first_rows(self.features)",
+        "else self.features.repeat(1 + self.num_first_rows, 1, 1)",
         f"{WHERE}'same_tokens and Llama'",
     ),
     Mutant(
@@ -52,5 +52,35 @@ OF_DRAFTING = [
         "if positions.dim() != 2:",
         "if False:",
         f"{WHERE}'refused and Qwen'",
+    ),
+    Mutant(
+        "drafting: a sequence gate forgets the tokens before",
+        "            sums = sums + self._with_first_rows(self.sums_before)\n",
+        "            pass\n",
+        f"{WHERE}'same_logits and sequence'",
+    ),
+    Mutant(
+        "drafting: a wrong draft is counted twice by a sequence gate",
+        "self.token, self.features, self.sums_before = self.next_token, self.next_features, self.next_sums\n",
+        "self.token, self.features = self.next_token, self.next_features\n",
+        f"{WHERE}'same_logits and sequence'",
+    ),
+    Mutant(
+        "drafting: a sequence gate counts the padding of the prompt",
+        'own = tokens_for("sequence", kwargs, features).own if self.sums_before is None else None',
+        "own = None",
+        f"{WHERE}'same_logits and sequence'",
+    ),
+    Mutant(
+        "drafting: LoRA of pass 2 in pass 1 as well",
+        "return added._replace(gate=self._with_first_rows(gate[self.num_first_rows :]))",
+        "return added._replace(gate=gate)",
+        f"{WHERE}'same_logits and LoRA'",
+    ),
+    Mutant(
+        "drafting: no LoRA of pass 2",
+        "run.second_pass = () if added is None else (joint.in_second_rows(added, features),)",
+        "pass",
+        f"{WHERE}'same_logits and LoRA'",
     ),
 ]

@@ -10,8 +10,8 @@ OF_A_GATE = [
     Mutant("gate: not used", "mask = gate * mask", "pass", f"{GATE}factor_of_the_mask"),
     Mutant(
         "gate: sum of features that are not normalised",
-        "    steps = F.normalize(x, dim=-1)\n",
-        "    steps = x\n",
+        "    steps = F.normalize(precise(x.detach()), dim=-1)\n",
+        "    steps = precise(x.detach())\n",
         f"{GATE}formula",
     ),
     Mutant(

@@ -80,12 +80,6 @@ OF_THE_SECOND_PASS = [
         f"{ADAPTERS}'unload and ViT'",
     ),
     Mutant(
-        "LoRA of pass 2: drafted tokens get none",
-        '        "has LoRA of pass 2": path.in_second_pass(str(path.active_adapter)) is not None,\n',
-        "",
-        f"{LORA}drafting",
-    ),
-    Mutant(
         "feedback to the output: lost where the feedback is fused",
         "return fused(features, mask) | feedback",
         "return fused(features, mask)",

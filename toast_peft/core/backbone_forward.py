@@ -217,7 +217,10 @@ class BackboneForward(ReplacedForward):
         run = replace(run, first_pass=False, repeat_lower_blocks=True, keeps_features=True)
         features = joint.features_of_rows()
         if features is not None:
-            run.feedback = self.path(features, adapter.name)
+            tokens = joint.tokens_of_rows(features, kwargs) if adapter.config.gate == "sequence" else None
+            run.feedback = self.path(features, adapter.name, tokens=tokens)
+            added = self.path.in_second_pass(adapter.name)
+            run.second_pass = () if added is None else (joint.in_second_rows(added, features),)
         self.state.current.run = run
         output = self.original(**kwargs)
         joint.next_features = self._features(run, adapter)[0][: joint.num_first_rows]

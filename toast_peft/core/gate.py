@@ -64,16 +64,16 @@ def sequence_features(x: torch.Tensor, tokens: Tokens, is_causal: bool) -> torch
     """
     if tokens.sums is not None:
         return tokens.sums if is_causal else tokens.sums[:, -1:]
-    steps = _steps(x, tokens.own)
+    steps = steps_of(x, tokens.own)
     if not is_causal:
         return steps.sum(1, keepdim=True)
     sums = steps.cumsum(1)
     return sums if tokens.starts is None else sums - _before_the_text(sums, tokens.starts)
 
 
-def _steps(x: torch.Tensor, own: torch.Tensor | None) -> torch.Tensor:
+def steps_of(x: torch.Tensor, own: torch.Tensor | None) -> torch.Tensor:
     """What each token adds to the sum, nothing if it is padding. Shapes: [b, n, d], [b, n] -> [b, n, d]"""
-    steps = F.normalize(x, dim=-1)
+    steps = F.normalize(precise(x.detach()), dim=-1)
     return steps if own is None else steps * own.unsqueeze(-1)
 
 
@@ -187,7 +187,7 @@ def tokens_for(
         tokens = _tokens_of_a_row(kwargs, num_tokens, before)
         if before is None:
             return tokens
-        return tokens._replace(sums=before.extend(_steps(precise(features.detach()), tokens.own)))
+        return tokens._replace(sums=before.extend(steps_of(features, tokens.own)))
     mask = kwargs.get("attention_mask")
     is_of_these = isinstance(mask, torch.Tensor) and mask.shape == (len(features), num_tokens)
     return Tokens(own_tokens(mask, num_tokens)) if is_of_these else Tokens()
