@@ -77,7 +77,7 @@ def test_all_gates_closed_is_the_base_model(folder: Path) -> None:
     arguments = continual.Arguments(
         block_size=32, max_train_blocks=8, fit_blocks=8, test_blocks=4, num_train_epochs=1, output_dir=str(folder)
     )
-    study = continual.Continual(arguments)
+    study = continual.ContinualTexts(arguments)
     base = continual.measure(study.load(), study.rows["prose"]["test"][:4])["perplexity"]
     *_, (after, model) = study.trained_apart("pass2-lora")
     study.fit_gates(model, after, refitted=False)
@@ -91,7 +91,7 @@ def test_all_gates_closed_is_the_base_model(folder: Path) -> None:
 def test_replay_is_half_as_many_blocks_more(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained = []
     monkeypatch.setattr(continual, "train", lambda model, rows, **settings: trained.append(rows))
-    study = continual.Continual(continual.Arguments(block_size=32, max_train_blocks=8, output_dir=str(folder)))
+    study = continual.ContinualTexts(continual.Arguments(block_size=32, max_train_blocks=8, output_dir=str(folder)))
     study.train(None, "digits", ["prose", "code"])
     study.train(None, "digits", [])
     new = study.rows["digits"]["train"][:8]

@@ -17,14 +17,9 @@ from typing import Any
 import torch
 from comparison import Comparison, ComparisonArguments, Rows, load_named_data, only_our_progress, parse
 from datasets import ClassLabel, Dataset, DatasetDict
-from offline import digits, image_rows, small_vit
+from offline import digits, image_processor, image_rows, small_vit
 from pandas import DataFrame
-from transformers import (
-    AutoImageProcessor,
-    AutoModelForImageClassification,
-    Trainer,
-    default_data_collator,
-)
+from transformers import AutoModelForImageClassification, Trainer, default_data_collator
 
 
 @dataclass
@@ -52,9 +47,7 @@ class ImageComparison(Comparison):
         base = arguments.model_name_or_path or small_vit(self.folder / "small_vit", arguments.pretraining_steps)
         data = load_images(arguments)
         self.classes = data["train"].features["label"].names
-        size = {} if arguments.image_size is None else {"height": arguments.image_size, "width": arguments.image_size}
-        sizes = {name: size for name in ("size", "crop_size") if size}
-        processor = AutoImageProcessor.from_pretrained(base, backend="pil", **sizes)
+        processor = image_processor(base, arguments.image_size)
         return base, {name: image_rows(images, processor) for name, images in split(data, arguments).items()}
 
     def load_model(self) -> tuple[torch.nn.Module, dict[str, Any]]:

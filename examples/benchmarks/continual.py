@@ -21,11 +21,12 @@ numbers, source code, and images of digits as numbers.
 
 import math
 import sysconfig
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pandas as pd
 import torch
@@ -35,16 +36,16 @@ from datasets import Dataset, DatasetDict
 from gates import Rows, blocks, load_folder, train
 from methods import METHODS
 from offline import docstrings, small_llama
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from sklearn.datasets import load_digits
+from tables import BY_ORACLE, ROUTED
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, default_data_collator, set_seed
 
 from toast_peft import feedback_statistics, fit_gate
 
 LORA, GATED = "lora-all-linear", "pass2-lora"
-SELF_ROUTED, REFITTED = "gated adapters", "gated adapters, refitted"
-BY_ORACLE = ", oracle"
+SELF_ROUTED, REFITTED = ROUTED
 
 
 @dataclass
@@ -75,41 +76,58 @@ class Arguments:
     output_dir: str = field(default="outputs/continual", metadata={"help": "Folder for the tables."})
 
 
-class Continual:
+class Continual(ABC):
     """A model, tasks, and what is measured after each.
+
+    `source` is what the base model knows, `tasks` are what is to be learned, by their names, one after the other;
+    `kind` is what each of them is, a column of the rows.
 
     Args:
         arguments: those of the script.
     """
 
-    def __init__(self, arguments: Arguments) -> None:
+    kind: ClassVar[str]
+    source: str
+    tasks: list[str]
+
+    def __init__(self, arguments: Any) -> None:
         self.arguments = arguments
-        folder, block_size = Path(arguments.output_dir) / "small_llama", arguments.block_size
-        self.base = arguments.model_name_or_path or small_llama(folder, arguments.pretraining_steps, block_size)
-        if arguments.source is None:
-            data = offline_texts()
-        else:
-            data = {Path(path).name: load_folder(path) for path in (arguments.source, *arguments.tasks)}
-        self.source, *self.tasks = data
-        tokenizer = AutoTokenizer.from_pretrained(self.base)
-        self.rows = {name: blocks(texts, tokenizer, block_size) for name, texts in data.items()}
+
+    @abstractmethod
+    def load(self) -> torch.nn.Module:
+        """The base model."""
+
+    @abstractmethod
+    def config(self, method: str) -> PeftConfig:
+        """A new adapter."""
+
+    @abstractmethod
+    def train(self, model: torch.nn.Module, task: str, replayed: list[str]) -> None:
+        """Train the active adapter on a task; half as many rows more are of what is replayed, if there is anything."""
+
+    @abstractmethod
+    def sample(self, name: str) -> list[dict[str, Any]]:
+        """What is kept of the source or a task to fit gates to, in batches."""
+
+    @abstractmethod
+    def measure(self, model: torch.nn.Module, name: str) -> dict[str, float]:
+        """What the tables show of the source or a task."""
 
     def run(self) -> Iterator[dict[str, Any]]:
-        """Train and measure all methods; one row for each method, number of learned tasks, and text."""
-        yield from self.measured(self.load(), "base", 0)
+        """Train and measure all methods; one row for each method, number of learned tasks, and source or task."""
+        yield from self.without_adapter()
         yield from self.one_lora(replay=False)
         yield from self.one_lora(replay=True)
         yield from self.own_lora()
         yield from self.gated_adapters()
 
-    def load(self) -> torch.nn.Module:
+    def without_adapter(self) -> Iterator[dict[str, Any]]:
         """The base model."""
-        set_seed(0)
-        return AutoModelForCausalLM.from_pretrained(self.base).eval()
+        yield from self.measured(self.load(), "base", 0)
 
     def one_lora(self, replay: bool) -> Iterator[dict[str, Any]]:
         """One LoRA that learns everything."""
-        model = get_peft_model(self.load(), METHODS[LORA].config(task_type="CAUSAL_LM"))
+        model = get_peft_model(self.load(), self.config(LORA))
         for after, task in enumerate(self.tasks, start=1):
             self.train(model, task, [self.source, *self.tasks[: after - 1]] if replay else [])
             yield from self.measured(model, "one LoRA" + (" + replay" if replay else ""), after)
@@ -130,51 +148,34 @@ class Continual:
 
     def trained_apart(self, method: str) -> Iterator[tuple[int, PeftModel]]:
         """The model after each task, with an adapter of each so far, none of which was active with others."""
-        config = METHODS[method].config
-        model = get_peft_model(self.load(), config(task_type="CAUSAL_LM"), adapter_name=self.tasks[0])
+        model = get_peft_model(self.load(), self.config(method), adapter_name=self.tasks[0])
         for after, task in enumerate(self.tasks, start=1):
             if after > 1:
-                model.add_adapter(task, config(task_type="CAUSAL_LM"))
+                model.add_adapter(task, self.config(method))
             model.set_adapter(task)
             self.train(model, task, replayed=[])
             yield after, model
-
-    def train(self, model: PeftModel, task: str, replayed: list[str]) -> None:
-        """Train the active adapter on a task; half as many blocks more are of the replayed texts, if there are any."""
-        rows = self.rows[task]["train"][: self.arguments.max_train_blocks]
-        share = len(rows) // 2 // max(len(replayed), 1)
-        train(
-            model,
-            rows + [row for name in replayed for row in self.rows[name]["train"][:share]],
-            output_dir=self.arguments.output_dir,
-            num_train_epochs=self.arguments.num_train_epochs,
-            per_device_train_batch_size=self.arguments.per_device_train_batch_size,
-            learning_rate=self.arguments.learning_rate,
-        )
 
     def fit_gates(self, model: PeftModel, after: int, refitted: bool) -> None:
         """Fit the gates of all adapters so far, in closed form: as each was after its own task, or refitted to all."""
         seen = self.tasks[:after]
         for place, task in enumerate(seen):
-            model.set_adapter(task)
-            others = [name for name in (seen if refitted else seen[:place]) if name != task]
-            reference = {name: self.sample(name) for name in (self.source, *others)}
-            quantile = self.arguments.quantile
-            fit_gate(model, self.sample(task), reference, adapter_name=task, gate="sequence", quantile=quantile)
+            self.fit_gate(model, task, [name for name in (seen if refitted else seen[:place]) if name != task])
 
-    def sample(self, name: str) -> list[dict[str, Any]]:
-        """What is kept of a text to fit gates to."""
-        rows = self.rows[name]["train"][: self.arguments.fit_blocks]
-        return list(DataLoader(rows, 8, collate_fn=default_data_collator))
+    def fit_gate(self, model: PeftModel, task: str, others: list[str]) -> None:
+        """Fit the gate of the adapter of a task, against the source and some other tasks."""
+        model.set_adapter(task)
+        reference = {name: self.sample(name) for name in (self.source, *others)}
+        quantile = self.arguments.quantile
+        fit_gate(model, self.sample(task), reference, adapter_name=task, gate="sequence", quantile=quantile)
 
     def measured(
         self, model: torch.nn.Module, method: str, after: int, by_oracle: bool = False
     ) -> Iterator[dict[str, Any]]:
-        """Perplexities of the source and of the tasks so far, of the base model those of all."""
-        for name in (self.source, *(self.tasks[:after] if after else self.tasks)):
+        """What is measured of the source and of the tasks so far, before the first of all."""
+        for name in (self.source, *self.tasks[: after or None]):
             with self.chosen(model, name) if by_oracle else nullcontext():
-                values = measure(model, self.rows[name]["test"][: self.arguments.test_blocks])
-            row = {"method": method, "after": after, "text": name, **values}
+                row = {"method": method, "after": after, self.kind: name, **self.measure(model, name)}
             print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
             yield row
 
@@ -184,6 +185,72 @@ class Continual:
             return model.disable_adapter()
         model.set_adapter(name)
         return nullcontext()
+
+
+class ContinualTexts(Continual):
+    """Texts of which blocks of tokens are learned.
+
+    Args:
+        arguments: those of the script.
+    """
+
+    kind = "text"
+    arguments: Arguments
+
+    def __init__(self, arguments: Arguments) -> None:
+        super().__init__(arguments)
+        folder, block_size = Path(arguments.output_dir) / "small_llama", arguments.block_size
+        self.base = arguments.model_name_or_path or small_llama(folder, arguments.pretraining_steps, block_size)
+        if arguments.source is None:
+            data = offline_texts()
+        else:
+            data = {Path(path).name: load_folder(path) for path in (arguments.source, *arguments.tasks)}
+        self.source, *self.tasks = data
+        tokenizer = AutoTokenizer.from_pretrained(self.base)
+        self.rows = {name: blocks(texts, tokenizer, block_size) for name, texts in data.items()}
+
+    def load(self) -> torch.nn.Module:
+        """The base model."""
+        set_seed(0)
+        return AutoModelForCausalLM.from_pretrained(self.base).eval()
+
+    def config(self, method: str) -> PeftConfig:
+        """A new adapter."""
+        return METHODS[method].config(task_type="CAUSAL_LM")
+
+    def train(self, model: PeftModel, task: str, replayed: list[str]) -> None:
+        """Train the active adapter on a task, and on what is replayed."""
+        train(
+            model,
+            with_replay(self.rows, task, replayed, self.arguments.max_train_blocks),
+            output_dir=self.arguments.output_dir,
+            num_train_epochs=self.arguments.num_train_epochs,
+            per_device_train_batch_size=self.arguments.per_device_train_batch_size,
+            learning_rate=self.arguments.learning_rate,
+        )
+
+    def sample(self, name: str) -> list[dict[str, Any]]:
+        """Blocks in batches."""
+        rows = self.rows[name]["train"][: self.arguments.fit_blocks]
+        return list(DataLoader(rows, 8, collate_fn=default_data_collator))
+
+    def measure(self, model: torch.nn.Module, name: str) -> dict[str, float]:
+        """The perplexity of a text, and how far the gate of each adapter is open."""
+        return measure(model, self.rows[name]["test"][: self.arguments.test_blocks])
+
+
+def with_replay(rows: dict[str, dict[str, Rows]], task: str, replayed: list[str], limit: int) -> Rows:
+    """What is trained on: rows of a task, and half as many of what is replayed, if there is anything.
+
+    Args:
+        rows: of the source and all tasks, by their names and splits.
+        task: what to learn.
+        replayed: the names of what is replayed, the same number of rows of each.
+        limit: of the rows of the task.
+    """
+    new = rows[task]["train"][:limit]
+    share = len(new) // 2 // max(len(replayed), 1)
+    return new + [row for name in replayed for row in rows[name]["train"][:share]]
 
 
 @torch.no_grad()
@@ -239,7 +306,7 @@ def main(arguments: list[str] | None = None) -> pd.DataFrame:
     [parsed] = parser.parse_args_into_dataclasses(arguments)
     folder = Path(parsed.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    runs = pd.DataFrame(Continual(parsed).run())
+    runs = pd.DataFrame(ContinualTexts(parsed).run())
     runs.to_csv(folder / "runs.csv", index=False)
     result = tables(runs)
     (folder / "continual.md").write_text(result + "\n")

@@ -33,6 +33,7 @@ from methods import METHODS, apply_method
 from offline import docstrings, joined_columns, small_llama, token_rows
 from peft import PeftModel
 from peft.helpers import rescale_adapter_scale
+from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import (
@@ -207,12 +208,13 @@ def blocks(texts: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase, blo
     return {split: token_rows(joined_columns(rows), tokenizer, block_size) for split, rows in texts.items()}
 
 
-def train(model: PeftModel, rows: Rows, **settings: Any) -> PeftModel:
+def train(model: nn.Module, rows: Rows, options: dict[str, Any] | None = None, **settings: Any) -> nn.Module:
     """Train what can be trained of a model.
 
     Args:
         model: the model.
-        rows: blocks of tokens.
+        rows: blocks of tokens, or other rows.
+        options: further arguments of the [`Trainer`].
         settings: of the [`TrainingArguments`], what is not the same for all trainings.
     """
     arguments = TrainingArguments(
@@ -224,7 +226,9 @@ def train(model: PeftModel, rows: Rows, **settings: Any) -> PeftModel:
         dataloader_pin_memory=torch.accelerator.is_available(),
         **settings,
     )
-    trainer = Trainer(model, arguments, default_data_collator, rows)
+    trainer = Trainer(
+        model, arguments, train_dataset=rows, **({"data_collator": default_data_collator} | (options or {}))
+    )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     return model.eval()

@@ -26,17 +26,11 @@ from comparison import only_our_progress
 from cost import HelpFormatter
 from datasets import Dataset, load_dataset
 from gates import has_logits_of_base
-from offline import digits, image_rows, small_vit
+from offline import digits, image_processor, image_rows, small_vit
 from peft import PeftModel, get_peft_model
 from PIL import ImageOps
 from torch.utils.data import DataLoader
-from transformers import (
-    AutoImageProcessor,
-    AutoModelForImageClassification,
-    HfArgumentParser,
-    default_data_collator,
-    set_seed,
-)
+from transformers import AutoModelForImageClassification, HfArgumentParser, default_data_collator, set_seed
 
 from toast_peft import TopDownConfig, fit_gate
 
@@ -83,11 +77,9 @@ def renamed(images: Dataset, arguments: Arguments) -> dict[str, str]:
 
 def batches(images: Dataset, base: str, arguments: Arguments) -> list[dict[str, Any]]:
     """The images preprocessed, in batches."""
-    size = {} if arguments.image_size is None else {"height": arguments.image_size, "width": arguments.image_size}
-    sizes = {name: size for name in ("size", "crop_size") if size}
-    processor = AutoImageProcessor.from_pretrained(base, backend="pil", **sizes)
+    processor = image_processor(base, arguments.image_size)
     rows = image_rows(images.select_columns(["image"]).add_column("label", [0] * len(images)), processor)
-    more = {"interpolate_pos_encoding": True} if size else {}
+    more = {"interpolate_pos_encoding": True} if arguments.image_size else {}
     return [
         {"pixel_values": batch["pixel_values"], **more}
         for batch in DataLoader(rows, 20, collate_fn=default_data_collator)

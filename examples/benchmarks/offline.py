@@ -14,6 +14,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from PIL.Image import fromarray
 from sklearn.datasets import load_digits
 from transformers import (
+    AutoImageProcessor,
     BaseImageProcessor,
     ByT5Tokenizer,
     LlamaConfig,
@@ -97,6 +98,14 @@ def image_rows(images: Dataset, processor: BaseImageProcessor) -> Rows:
     ]
 
 
+def image_processor(base: str, image_size: int | None) -> BaseImageProcessor:
+    """That of a model, which resizes images to a size if there is one."""
+    size = {} if image_size is None else {"height": image_size, "width": image_size}
+    return AutoImageProcessor.from_pretrained(
+        base, backend="pil", **{name: size for name in ("size", "crop_size") if size}
+    )
+
+
 def joined_columns(texts: Dataset) -> Dataset:
     """The texts with one column "text", in which those of all columns of strings are joined."""
     columns = [name for name, feature in texts.features.items() if getattr(feature, "dtype", None) == "string"]
@@ -114,8 +123,8 @@ def token_rows(texts: Dataset, tokenizer: PreTrainedTokenizerBase, block_size: i
     return [{"input_ids": block, "labels": block} for block in blocks]
 
 
-def small_vit(folder: Path, steps: int) -> str:
-    """The name of a small ViT; pre-trained at first use on the digits 0 to 4 and saved without its head."""
+def small_vit(folder: Path, steps: int, with_head: bool = False) -> str:
+    """The name of a small ViT; pre-trained at first use on the digits 0 to 4, saved with its head or without."""
     if not (folder / "model.safetensors").exists():
         processor = ViTImageProcessorPil(size={"height": 8, "width": 8}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
         size = {"image_size": 8, "patch_size": 2, "hidden_size": 64, "intermediate_size": 128}
@@ -123,7 +132,7 @@ def small_vit(folder: Path, steps: int) -> str:
         rows = image_rows(digits(range(5), examples_per_class=150)["train"], processor)
         pretrain(model, rows, str(folder), steps, batch_size=64)
         processor.save_pretrained(folder)
-        model.vit.save_pretrained(folder)
+        (model if with_head else model.vit).save_pretrained(folder)
     return str(folder)
 
 

@@ -15,6 +15,7 @@ FIVE_SETS = (*IMAGES, "digits", "street_crops")  # those of `shifted_images.py` 
 MOSAICS = ("dtd10", "flowers5")
 TARGET = "target perplexity"
 SHORT, LONG = 215, 1000  # trainings on Shakespeare, in steps
+ROUTED, BY_ORACLE = ("gated adapters", "gated adapters, refitted"), ", oracle"
 CHANGES = ("mean change", "largest change")  # of the perplexities of the sources, in per cent
 
 
