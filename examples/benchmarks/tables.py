@@ -221,6 +221,43 @@ def shares_table(runs: pd.DataFrame) -> pd.DataFrame:
     return table.loc[groups["pixels"].first().sort_values(ascending=False).index]
 
 
+def continual_images_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """One row for each method and number of learned tasks: accuracies, and what of the source is unchanged.
+
+    Args:
+        runs: those of `continual_images.py`.
+    """
+    source = runs["set"].iloc[0]
+    keys = ["method", "after"]
+    table = runs.groupby([*keys, "set"], sort=False)["accuracy"].agg(mean_and_deviation, 1).unstack(sort=False)
+    of_source = runs[runs["set"] == source].groupby(keys, sort=False)
+    for column in ("same prediction", "unchanged"):
+        table[f"{source}: {column}"] = of_source[column].agg(mean_and_deviation, 1)
+    return table.fillna("").reset_index("after")
+
+
+def routing_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """One row for each kind of gates and set after all tasks: accuracies by who chooses, and how far gates are open.
+
+    Args:
+        runs: those of `continual_images.py`.
+    """
+    keys, last = ["method", "set"], runs[runs["after"] == runs["after"].max()]
+    groups = last[last["method"].isin(ROUTED)].groupby(keys, sort=False)
+    by_oracle = last.assign(method=last["method"].str.removesuffix(BY_ORACLE))[last["method"].str.endswith(BY_ORACLE)]
+    by_oracle = by_oracle.groupby(keys, sort=False)
+    columns = {
+        "oracle": by_oracle["accuracy"],
+        "self-routed": groups["accuracy"],
+        "self-routed, head as well": groups["accuracy by gates"],
+        "right head": groups["right head"],
+    }
+    table = pd.DataFrame({name: values.agg(mean_and_deviation, 1) for name, values in columns.items()})
+    for name in (column for column in runs if column.startswith("gate of ")):
+        table[name] = groups[name].mean().map("{:.2f}".format)
+    return table.loc[list(groups.groups)].reset_index("set")
+
+
 def steering_table(runs: pd.DataFrame) -> pd.DataFrame:
     """One row for each training and kind of prompt.
 
