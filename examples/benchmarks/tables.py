@@ -299,6 +299,16 @@ def steering() -> pd.DataFrame:
     return side_by_side(steering_table, "steering", ["trained on, prompt"])
 
 
+def continual_images() -> pd.DataFrame:
+    """Accuracies after each of three sets of images, in per cent."""
+    return continual_images_table(pd.read_csv(RESULTS / "continual_images.csv"))
+
+
+def routing() -> pd.DataFrame:
+    """What it costs that gated adapters choose themselves, in per cent."""
+    return routing_table(pd.read_csv(RESULTS / "continual_images.csv"))
+
+
 def mask_shares() -> pd.DataFrame:
     """The mask on the pixels of each class, relative to their number."""
     return shares_table(pd.read_csv(RESULTS / "mask_shares_camvid.csv"))
@@ -306,5 +316,6 @@ def mask_shares() -> pd.DataFrame:
 
 if __name__ == "__main__":
     texts = (forgetting(change, steps) for steps in (SHORT, LONG) for change in CHANGES)
-    for table in (images(FIVE_SETS), images(), *texts, segmentation(), focus(), curves(), mask_shares(), steering()):
+    of_masks = (focus(), curves(), mask_shares(), steering())
+    for table in (images(FIVE_SETS), images(), *texts, segmentation(), *of_masks, continual_images(), routing()):
         print(table.to_markdown(disable_numparse=True), end="\n\n")
