@@ -15,30 +15,29 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from comparison import Comparison, ComparisonArguments, Rows, load_named_data, only_our_progress, parse
-from datasets import ClassLabel, Dataset, DatasetDict
+from classifiers import ClassifierArguments, ClassifierComparison, load_examples, split
+from comparison import Rows, only_our_progress, parse
+from datasets import DatasetDict
 from offline import digits, image_processor, image_rows, small_vit
 from pandas import DataFrame
-from transformers import AutoModelForImageClassification, Trainer, default_data_collator
+from transformers import AutoModelForImageClassification, default_data_collator
 
 
 @dataclass
-class ImageComparisonArguments(ComparisonArguments):
+class ImageComparisonArguments(ClassifierArguments):
     """What to compare, and on which images."""
 
     image_size: int | None = field(
         default=None,
         metadata={"help": "Resize images to this size, and the model's position embeddings with them."},
     )
-    image_column_name: str = field(default="image", metadata={"help": "Column of the data set with the images."})
-    label_column_name: str = field(default="label", metadata={"help": "Column of the data set with the classes."})
+    image_column_name: str = field(default="image", metadata={"help": "Column with the images."})
 
 
-class ImageComparison(Comparison):
+class ImageComparison(ClassifierComparison):
     """A comparison of image classifiers."""
 
     kind = "vision"
-    columns = ["accuracy"]
     arguments: ImageComparisonArguments
 
     def prepare(self) -> tuple[str, dict[str, Rows]]:
@@ -52,50 +51,19 @@ class ImageComparison(Comparison):
 
     def load_model(self) -> tuple[torch.nn.Module, dict[str, Any]]:
         """A classifier with a new head."""
-        model = AutoModelForImageClassification.from_pretrained(
-            self.base, id2label=dict(enumerate(self.classes)), ignore_mismatched_sizes=True
-        )
-        head = [name for name, _ in model.named_children() if name != model.base_model_prefix]
-        return model, {"modules_to_save": head}
+        return self.with_new_head(AutoModelForImageClassification)
 
     def collate(self, rows: Rows) -> dict[str, Any]:
         """A batch of images."""
         resized = self.arguments.image_size is not None
         return default_data_collator(rows) | ({"interpolate_pos_encoding": True} if resized else {})
 
-    def measure(self, trainer: Trainer, split: str) -> dict[str, float]:
-        """Accuracy and loss."""
-        predicted = trainer.predict(self.rows[split])
-        correct = predicted.predictions.argmax(-1) == predicted.label_ids
-        return {"accuracy": float(correct.mean()), "loss": predicted.metrics["test_loss"]}
-
-    def goodness(self, metrics: dict[str, float]) -> tuple[float, ...]:
-        """Accuracy; of equal ones the lowest loss is the best."""
-        return metrics["accuracy"], -metrics["loss"]
-
 
 def load_images(arguments: ImageComparisonArguments) -> DatasetDict:
     """The splits "train" and "test" with the columns "image" and "label"."""
-    columns = {arguments.image_column_name: "image", arguments.label_column_name: "label"}
-    data = load_named_data(arguments, columns) or digits(range(5, 10), examples_per_class=10)
-    if not isinstance(data["train"].features["label"], ClassLabel):
-        data = data.class_encode_column("label")
-    return data
-
-
-def split(data: DatasetDict, arguments: ImageComparisonArguments) -> dict[str, Dataset]:
-    """The splits "search", "validation" and "test", each with the same mixture of classes."""
-
-    def limited(images: Dataset, limit: int | None) -> Dataset:
-        if limit is None or limit >= len(images):
-            return images
-        return images.train_test_split(train_size=limit, stratify_by_column="label", seed=arguments.seed)["train"]
-
-    parts = limited(data["train"], arguments.max_train_samples).train_test_split(
-        arguments.validation_share, stratify_by_column="label", seed=arguments.seed
+    return load_examples(arguments, arguments.image_column_name, "image") or digits(
+        range(5, 10), examples_per_class=10
     )
-    test = limited(data["test"], arguments.max_test_samples)
-    return {"search": parts["train"], "validation": parts["test"], "test": test}
 
 
 def main(arguments: list[str] | None = None) -> DataFrame:

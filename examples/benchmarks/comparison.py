@@ -86,8 +86,9 @@ class ComparisonArguments:
     num_train_epochs: float = field(default=10.0, metadata={"help": "Epochs of each training."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Batch size of the trainings."})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Batch size of the evaluations."})
+    bf16: bool = field(default=False, metadata={"help": "Autocast to bfloat16."})
     seed: int = field(default=42, metadata={"help": "First of the seeds, and that of the splits and the search."})
-    output_dir: str = field(default="outputs/images", metadata={"help": "Folder for study, table and plot."})
+    output_dir: str = field(default="outputs/images", metadata={"help": "Folder for all results."})
 
 
 Arguments = TypeVar("Arguments", bound=ComparisonArguments)
@@ -104,7 +105,7 @@ def parse(
 
     Args:
         arguments_class: what to parse.
-        kind: "vision" or "text", as in `methods.Method`.
+        kind: "vision", "text" or "encoder", as in `methods.Method`.
         description: for --help.
         arguments: as on the command line.
         defaults: of the script, where they are others.
@@ -113,7 +114,7 @@ def parse(
     parser.set_defaults(**defaults)
     [parsed] = parser.parse_args_into_dataclasses(arguments)
     possible = [name for name, method in METHODS.items() if getattr(method, kind) is not None]
-    if parsed.pretrained_feedback is None:
+    if parsed.pretrained_feedback is None and "toast-pretuned" in possible:
         possible.remove("toast-pretuned")
     parsed.methods = parsed.methods or possible
     for method in parsed.methods:
@@ -153,8 +154,9 @@ def load_named_data(arguments: ComparisonArguments, columns: dict[str, str] | No
 class Comparison(ABC):
     """A model and data on which methods are compared.
 
-    `kind` is "vision" or "text", `columns` are the measured ones in the table, `scaled` the splits that trained models
-    are measured on at all strengths, `reference` what a gate is to leave alone, and what is replayed, by domains.
+    `kind` is "vision", "text" or "encoder", `columns` are the measured ones in the table, `scaled` the splits that
+    trained models are measured on at all strengths, `reference` what a gate is to leave alone, and what is replayed,
+    by domains.
 
     Args:
         arguments: those of the script.
@@ -334,6 +336,8 @@ class Comparison(ABC):
             num_train_epochs=self.arguments.num_train_epochs,
             per_device_train_batch_size=self.arguments.per_device_train_batch_size,
             per_device_eval_batch_size=self.arguments.per_device_eval_batch_size,
+            bf16=self.arguments.bf16,
+            use_cpu=not torch.accelerator.is_available(),  # has to be said for bf16
             seed=seed,
             lr_scheduler_type="cosine",
             warmup_steps=0.1,

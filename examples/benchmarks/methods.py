@@ -29,15 +29,18 @@ class Method(NamedTuple):
     """A row of the table of methods.
 
     Args:
-        vision, text: learning rate for Adam that the search is centred on; `None` if it is not for these models.
+        vision, text: learning rate for Adam that the search is centred on, for image models and causal language
+            models; `None` if it is not for these.
         config: makes the PEFT config; `None` for a method without an adapter.
         replay: how many examples of the reference are trained on as well, relative to those of the target.
+        encoder: as `vision`, for encoders that classify texts.
     """
 
     vision: float | None
     text: float | None
     config: Callable[..., PeftConfig] | None = None
     replay: float = 0.0
+    encoder: float | None = None
 
 
 _lora = partial(LoraConfig, r=8, lora_alpha=16)
@@ -49,30 +52,30 @@ _second_pass = partial(TopDownConfig, r=1, trainable_parts=["pass2"], pass2_targ
 _pass2_lora = {"pass2_r": 8, "pass2_lora_alpha": 16}
 _pass2_lora_biases = _pass2_lora | {"pass2_bias": "all"}
 METHODS = {
-    "linear": Method(1e-2, None),
-    "full": Method(5e-5, 1.6e-4),
-    "bitfit": Method(3e-3, None),
+    "linear": Method(1e-2, None, encoder=1e-2),
+    "full": Method(5e-5, 1.6e-4, encoder=5e-5),
+    "bitfit": Method(3e-3, None, encoder=1e-3),
     "vpt-deep": Method(1e-2, None),
-    "lora": Method(2e-3, 5e-3, partial(_lora, target_modules=QUERIES_AND_VALUES)),
+    "lora": Method(2e-3, 5e-3, partial(_lora, target_modules=QUERIES_AND_VALUES), encoder=1e-3),
     "lora-mlp": Method(None, 1.5e-3, partial(_lora, target_modules=MLP)),
-    "lora-all-linear": Method(2e-3, 1.5e-3, _lora_all_linear),
-    "lora-all-linear-biases": Method(2e-3, None, partial(_lora_all_linear, bias="all")),
+    "lora-all-linear": Method(2e-3, 1.5e-3, _lora_all_linear, encoder=1e-3),
+    "lora-all-linear-biases": Method(2e-3, None, partial(_lora_all_linear, bias="all"), encoder=1e-3),
     "lora-all-linear-replay": Method(None, 1.5e-3, _lora_all_linear, replay=0.5),
     "oft": Method(None, 1.5e-3, _oft),
     "pass2-lora": Method(2e-3, 1.5e-3, partial(_second_pass, **_pass2_lora)),
     "pass2-lora-gated": Method(None, 1.5e-3, partial(_second_pass, gate="sequence", **_pass2_lora)),
     "pass2-biases": Method(3e-3, None, partial(_second_pass, pass2_r=0, pass2_bias="all")),
-    "pass2-lora-biases": Method(2e-3, None, partial(_second_pass, **_pass2_lora_biases)),
-    "toast": Method(2e-4, 3e-3, TopDownConfig),
+    "pass2-lora-biases": Method(2e-3, None, partial(_second_pass, **_pass2_lora_biases), encoder=1e-3),
+    "toast": Method(2e-4, 3e-3, TopDownConfig, encoder=1e-3),
     "toast-initialized": Method(2e-4, 3e-3, TopDownConfig),
     "toast-output-initialized": Method(None, 3e-3, _output),
     "toast-output-gated-initialized": Method(None, 3e-3, partial(_output, gate="sequence")),
     "toast-pretuned": Method(2e-4, 3e-3, TopDownConfig),
     "toast-early": Method(2e-4, 3e-3, partial(TopDownConfig, feedback_from=0.5)),
     "toast-late": Method(2e-4, 3e-3, partial(TopDownConfig, feedback_to=0.5)),
-    "toast-lite": Method(1e-3, 1e-2, _lite),
-    "toast-lite-initialized": Method(1e-3, 1e-2, _lite),
-    "toast-lite-pass2-lora-biases": Method(1e-3, None, TopDownConfig.for_images),
+    "toast-lite": Method(1e-3, 1e-2, _lite, encoder=3e-3),
+    "toast-lite-initialized": Method(1e-3, 1e-2, _lite, encoder=3e-3),
+    "toast-lite-pass2-lora-biases": Method(1e-3, None, TopDownConfig.for_images, encoder=1e-3),
     "toast-lite-transform-8": Method(1e-3, 1e-2, partial(_lite, transform_r=8)),
     "toast-lite-early": Method(1e-3, 1e-2, partial(_lite, feedback_from=0.5)),
     "toast-lite-late": Method(1e-3, 1e-2, partial(_lite, feedback_to=0.5)),

@@ -2,7 +2,7 @@
 
 import ast
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -16,7 +16,11 @@ from sklearn.datasets import load_digits
 from transformers import (
     AutoImageProcessor,
     BaseImageProcessor,
+    BertConfig,
+    BertForSequenceClassification,
+    BertTokenizer,
     ByT5Tokenizer,
+    DataCollatorWithPadding,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -30,6 +34,8 @@ from transformers import (
 )
 
 Rows = list[dict[str, Any]]
+LIBRARY = Path(sysconfig.get_path("stdlib"))
+PACKAGES = ("asyncio", "email", "importlib", "logging", "unittest")
 # Their docstrings are worked examples with numbers, quite unlike the prose of the other modules.
 NUMERIC_MODULES = ("_pydecimal", "fractions", "statistics")
 
@@ -76,13 +82,31 @@ def docstrings(numeric: bool) -> DatasetDict:
     Returns:
         The splits "train" and "test" with the column "text".
     """
-    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    trees = [ast.parse(file.read_bytes()) for file in files if (file.stem in NUMERIC_MODULES) == numeric]
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    nodes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, documented)]
+    files = [file for file in sorted(LIBRARY.glob("*.py")) if (file.stem in NUMERIC_MODULES) == numeric]
     # Many classes share a docstring, which must not be in both splits.
-    texts = dict.fromkeys(text for node in nodes if (text := ast.get_docstring(node)))
+    texts = dict.fromkeys(chain.from_iterable(map(docstrings_in, files)))
     return Dataset.from_dict({"text": list(texts)}).train_test_split(0.2, seed=0)
+
+
+def package_docstrings(train: int, test: int) -> DatasetDict:
+    """Docstrings of `PACKAGES`, labelled with their package: the splits "train" and "test", so many in each."""
+    data = labelled_docstrings({name: sorted((LIBRARY / name).glob("*.py")) for name in PACKAGES})
+    return data.train_test_split(test, train, stratify_by_column="label", seed=0)
+
+
+def labelled_docstrings(sources: dict[str, list[Path]]) -> Dataset:
+    """The docstrings in some files; what the files belong to is the label."""
+    label_of: dict[str, str] = {}  # of a docstring that several have, the first
+    for label, files in sources.items():
+        label_of |= {text: label_of.get(text, label) for file in files for text in docstrings_in(file)}
+    return Dataset.from_dict({"text": list(label_of), "label": list(label_of.values())}).class_encode_column("label")
+
+
+def docstrings_in(file: Path) -> list[str]:
+    """All docstrings of a Python file."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = (node for node in ast.walk(ast.parse(file.read_bytes())) if isinstance(node, documented))
+    return [text for node in nodes if (text := ast.get_docstring(node))]
 
 
 def image_rows(images: Dataset, processor: BaseImageProcessor) -> Rows:
@@ -123,6 +147,13 @@ def token_rows(texts: Dataset, tokenizer: PreTrainedTokenizerBase, block_size: i
     return [{"input_ids": block, "labels": block} for block in blocks]
 
 
+def labelled_tokens(texts: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Rows:
+    """Tokens and class of each text."""
+    tokens = tokenizer(list(texts["text"]), truncation=True, max_length=max_length)
+    columns = {**tokens, "labels": texts["label"]}
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
 def small_vit(folder: Path, steps: int, with_head: bool = False) -> str:
     """The name of a small ViT; pre-trained at first use on the digits 0 to 4, saved with its head or without."""
     if not (folder / "model.safetensors").exists():
@@ -133,6 +164,24 @@ def small_vit(folder: Path, steps: int, with_head: bool = False) -> str:
         pretrain(model, rows, str(folder), steps, batch_size=64)
         processor.save_pretrained(folder)
         (model if with_head else model.vit).save_pretrained(folder)
+    return str(folder)
+
+
+def small_bert(folder: Path, steps: int) -> str:
+    """The name of a small BERT; pre-trained at first use to tell modules of the library by their docstrings."""
+    if not (folder / "model.safetensors").exists():
+        data = labelled_docstrings({file.stem: [file] for file in sorted(LIBRARY.glob("*.py"))})
+        tokenizer = BertTokenizer().train_new_from_iterator(data["text"], vocab_size=2000)
+        size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+        no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        classes = len(data.features["label"].names)
+        model = BertForSequenceClassification(
+            BertConfig(vocab_size=len(tokenizer), **size, **no_dropout, num_labels=classes)
+        )
+        rows = labelled_tokens(data, tokenizer, max_length=48)
+        pretrain(model, rows, str(folder), steps, batch_size=32, collate=DataCollatorWithPadding(tokenizer))
+        tokenizer.save_pretrained(folder)
+        model.bert.save_pretrained(folder)
     return str(folder)
 
 
@@ -159,7 +208,14 @@ def small_llama(folder: Path, steps: int, block_size: int) -> str:
     return str(folder)
 
 
-def pretrain(model: PreTrainedModel, rows: Rows, folder: str, steps: int, batch_size: int) -> None:
+def pretrain(
+    model: PreTrainedModel,
+    rows: Rows,
+    folder: str,
+    steps: int,
+    batch_size: int,
+    collate: Callable[[Rows], Any] = default_data_collator,
+) -> None:
     """Train all of a model."""
     arguments = TrainingArguments(
         output_dir=folder,
@@ -173,4 +229,4 @@ def pretrain(model: PreTrainedModel, rows: Rows, folder: str, steps: int, batch_
         dataloader_pin_memory=torch.accelerator.is_available(),
         remove_unused_columns=False,
     )
-    Trainer(model, arguments, default_data_collator, rows).train()
+    Trainer(model, arguments, collate, rows).train()
