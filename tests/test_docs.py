@@ -286,7 +286,7 @@ LONGER = [partial(TABLES["forgetting"], change, TABLES["LONG"]) for change in TA
 FIVE_SETS = partial(TABLES["images"], TABLES["FIVE_SETS"])
 
 
-@pytest.mark.parametrize("table", [TABLES["images"], FIVE_SETS, *FORGETTING.values(), *LONGER])
+@pytest.mark.parametrize("table", [TABLES["images"], FIVE_SETS, TABLES["texts"], *FORGETTING.values(), *LONGER])
 def test_tables_are_what_was_measured(table: Callable[[], pd.DataFrame]) -> None:
     assert "\n".join(in_markdown(table())) in RESULTS
 

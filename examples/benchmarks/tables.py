@@ -12,6 +12,7 @@ import pandas as pd
 RESULTS = Path(__file__).parent / "results"
 IMAGES = ("dtd10", "flowers5", "cifar10")
 FIVE_SETS = (*IMAGES, "digits", "street_crops")  # those of `shifted_images.py` as well
+TEXTS = ("trec6",)
 MOSAICS = ("dtd10", "flowers5")
 TARGET = "target perplexity"
 SHORT, LONG = 215, 1000  # trainings on Shakespeare, in steps
@@ -47,21 +48,42 @@ def comparison_table(runs: pd.DataFrame, columns: list[str], digits: int = 3) ->
 
 
 def images(names: Sequence[str] = IMAGES) -> pd.DataFrame:
-    """Accuracies in per cent of the methods that were measured on all of some data sets, the best mean first.
+    """Accuracies in per cent of the methods that were measured on all of some sets of images, the best mean first.
 
     Args:
         names: of the data sets; the costs are those on the first.
     """
-    runs = {name: pd.read_csv(RESULTS / f"comparison_{name}.csv") for name in names}
+    table = accuracies("comparison", names)
+    # Many trainings ran side by side, so their times say little.
+    return table.drop(columns=["learning rate", "weight decay", "seconds"])
+
+
+def texts(names: Sequence[str] = TEXTS) -> pd.DataFrame:
+    """The same of sets of texts, with what was chosen on the first.
+
+    Args:
+        names: of the data sets; the costs are those on the first.
+    """
+    return accuracies("texts", names).drop(columns=["weight decay", "seconds"])
+
+
+def accuracies(benchmark: str, names: Sequence[str]) -> pd.DataFrame:
+    """`comparison_table` with the accuracies on several data sets and their mean, if there are several.
+
+    Args:
+        benchmark: what the files with the trainings start with.
+        names: of the data sets.
+    """
+    runs = {name: pd.read_csv(RESULTS / f"{benchmark}_{name}.csv") for name in names}
     percent = {name: frame.assign(**{name: 100 * frame["accuracy"]}) for name, frame in runs.items()}
     tables = {name: comparison_table(frame, [name], digits=1) for name, frame in percent.items()}
     tested = [frame[frame["split"] == "test"].groupby("method")[name].mean() for name, frame in percent.items()]
     means = pd.concat(tested, axis=1).dropna().mean(axis=1).rename("`{}`".format).sort_values(ascending=False)
-    # Many trainings ran side by side, so their times say little.
-    table = tables[names[0]].drop(columns=["learning rate", "weight decay", "seconds"])
+    table = tables[names[0]]
     for place, name in enumerate(names[1:], start=2):
         table.insert(place, name, tables[name][name])
-    table.insert(1 + len(names), "mean", means.map("{:.1f}".format))
+    if len(names) > 1:
+        table.insert(1 + len(names), "mean", means.map("{:.1f}".format))
     return table.loc[means.index]
 
 
@@ -315,7 +337,8 @@ def mask_shares() -> pd.DataFrame:
 
 
 if __name__ == "__main__":
-    texts = (forgetting(change, steps) for steps in (SHORT, LONG) for change in CHANGES)
+    learned = (forgetting(change, steps) for steps in (SHORT, LONG) for change in CHANGES)
     of_masks = (focus(), curves(), mask_shares(), steering())
-    for table in (images(FIVE_SETS), images(), *texts, segmentation(), *of_masks, continual_images(), routing()):
+    of_images = (images(FIVE_SETS), images())
+    for table in (*of_images, texts(), *learned, segmentation(), *of_masks, continual_images(), routing()):
         print(table.to_markdown(disable_numparse=True), end="\n\n")
