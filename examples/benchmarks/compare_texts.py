@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> DataFrame:
         One row for each training. The table, which is also printed, and a plot are saved.
     """
     only_our_progress()
-    defaults = {"output_dir": "outputs/texts", "pretraining_steps": 400, "num_train_epochs": 5.0}
+    defaults = {"output_dir": "outputs/texts", "pretraining_steps": 200, "num_train_epochs": 3.0}
     return TextComparison(parse(TextComparisonArguments, "encoder", __doc__, arguments, **defaults)).run()
 
 

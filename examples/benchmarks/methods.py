@@ -59,7 +59,7 @@ METHODS = {
     "lora": Method(2e-3, 5e-3, partial(_lora, target_modules=QUERIES_AND_VALUES), encoder=1e-3),
     "lora-mlp": Method(None, 1.5e-3, partial(_lora, target_modules=MLP)),
     "lora-all-linear": Method(2e-3, 1.5e-3, _lora_all_linear, encoder=1e-3),
-    "lora-all-linear-biases": Method(2e-3, None, partial(_lora_all_linear, bias="all"), encoder=1e-3),
+    "lora-all-linear-biases": Method(2e-3, None, partial(_lora_all_linear, bias="all")),
     "lora-all-linear-replay": Method(None, 1.5e-3, _lora_all_linear, replay=0.5),
     "oft": Method(None, 1.5e-3, _oft),
     "pass2-lora": Method(2e-3, 1.5e-3, partial(_second_pass, **_pass2_lora)),
