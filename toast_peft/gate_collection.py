@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .core.gate import Gate, precise
+from .core.gate import Gate, steps_of
 from .core.layers import FeedbackPath
 
 _DISTURBED = 1e-3  # relative to the largest entry: more than rounding, far less than what a token changes
@@ -72,7 +72,7 @@ class Compared:
         features, _, compared, _ = args
         x, tokens = features if compared is None else compared, kwargs["tokens"]
         y = self.gate.compared(x, tokens)  # without a prior, which a new gate does not have yet
-        steps = F.normalize(precise(x.flatten(1, -2)), dim=-1)
+        steps = steps_of(x.flatten(1, -2), None)
         shape = steps.shape[:2]
         own = torch.ones_like(steps[..., 0], dtype=torch.bool) if tokens.own is None else tokens.own.expand(shape)
         is_first = torch.arange(shape[1], device=own.device) == 0 if tokens.starts is None else tokens.starts

@@ -56,16 +56,17 @@ def load_examples(arguments: ClassifierArguments, column: str, name: str) -> Dat
     return data.class_encode_column("label")
 
 
+def limited(examples: Dataset, limit: int | None, seed: int) -> Dataset:
+    """So many of them at most, with the same mixture of classes."""
+    if limit is None or limit >= len(examples):
+        return examples
+    return examples.train_test_split(train_size=limit, stratify_by_column="label", seed=seed)["train"]
+
+
 def split(data: DatasetDict, arguments: ClassifierArguments) -> dict[str, Dataset]:
     """The splits "search", "validation" and "test", each with the same mixture of classes."""
-
-    def limited(examples: Dataset, limit: int | None) -> Dataset:
-        if limit is None or limit >= len(examples):
-            return examples
-        return examples.train_test_split(train_size=limit, stratify_by_column="label", seed=arguments.seed)["train"]
-
-    parts = limited(data["train"], arguments.max_train_samples).train_test_split(
+    parts = limited(data["train"], arguments.max_train_samples, arguments.seed).train_test_split(
         arguments.validation_share, stratify_by_column="label", seed=arguments.seed
     )
-    test = limited(data["test"], arguments.max_test_samples)
+    test = limited(data["test"], arguments.max_test_samples, arguments.seed)
     return {"search": parts["train"], "validation": parts["test"], "test": test}

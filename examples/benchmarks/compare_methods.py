@@ -18,9 +18,9 @@ import torch
 from classifiers import ClassifierArguments, ClassifierComparison, load_examples, split
 from comparison import Rows, only_our_progress, parse
 from datasets import DatasetDict
-from offline import digits, image_processor, image_rows, small_vit
+from offline import digits, image_batch, image_processor, image_rows, small_vit
 from pandas import DataFrame
-from transformers import AutoModelForImageClassification, default_data_collator
+from transformers import AutoModelForImageClassification
 
 
 @dataclass
@@ -55,8 +55,7 @@ class ImageComparison(ClassifierComparison):
 
     def collate(self, rows: Rows) -> dict[str, Any]:
         """A batch of images."""
-        resized = self.arguments.image_size is not None
-        return default_data_collator(rows) | ({"interpolate_pos_encoding": True} if resized else {})
+        return image_batch(rows, self.arguments.image_size)
 
 
 def load_images(arguments: ImageComparisonArguments) -> DatasetDict:

@@ -37,13 +37,13 @@ from datasets import ClassLabel, DatasetDict, load_dataset
 from gates import Rows, train
 from heads import Heads, heads_of
 from methods import METHODS
-from offline import digits, image_processor, image_rows, small_vit
+from offline import digits, image_batch, image_processor, image_rows, small_vit
 from peft import PeftConfig
 from PIL import ImageOps
 from tables import continual_images_table, routing_table
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, AutoModelForImageClassification, HfArgumentParser, default_data_collator, set_seed
+from transformers import AutoConfig, AutoModelForImageClassification, HfArgumentParser, set_seed
 
 from toast_peft.core.layers import feedback_paths
 
@@ -115,8 +115,7 @@ class ContinualImages(Continual):
 
     def collate(self, rows: Rows) -> dict[str, Any]:
         """A batch of images."""
-        resized = self.arguments.image_size is not None
-        return default_data_collator(rows) | ({"interpolate_pos_encoding": True} if resized else {})
+        return image_batch(rows, self.arguments.image_size)
 
     def tested(self, name: str) -> Iterator[tuple[dict[str, Any], torch.Tensor]]:
         """Inputs and labels of the test images of a set, always in the same batches."""

@@ -154,6 +154,12 @@ def labelled_tokens(texts: Dataset, tokenizer: PreTrainedTokenizerBase, max_leng
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
+def image_batch(rows: Rows, image_size: int | None) -> dict[str, Any]:
+    """A batch of images, which `image_processor` may have resized."""
+    resized = {} if image_size is None else {"interpolate_pos_encoding": True}
+    return default_data_collator(rows) | resized
+
+
 def small_vit(folder: Path, steps: int, with_head: bool = False) -> str:
     """The name of a small ViT; pre-trained at first use on the digits 0 to 4, saved with its head or without."""
     if not (folder / "model.safetensors").exists():

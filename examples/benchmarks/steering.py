@@ -28,18 +28,18 @@ from typing import Any
 
 import pandas as pd
 import torch
+from classifiers import limited
 from compare_methods import load_images
 from comparison import make_optimizer, only_our_progress
 from cost import HelpFormatter
 from matplotlib.figure import Figure
 from methods import METHODS, apply_method
-from offline import image_rows, small_vit
+from offline import image_processor, image_rows, small_vit
 from peft import PeftModel
 from tables import steering_table
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
-    AutoImageProcessor,
     AutoModelForImageClassification,
     HfArgumentParser,
     PrinterCallback,
@@ -151,16 +151,9 @@ class Steering:
         self.base = arguments.model_name_or_path or small_vit(folder / "small_vit", arguments.pretraining_steps)
         data = load_images(arguments)  # its arguments have the same names
         self.classes = data["train"].features["label"].names
-        size = arguments.image_size and {"height": arguments.image_size, "width": arguments.image_size}
-        processor = AutoImageProcessor.from_pretrained(
-            self.base, backend="pil", **({"size": size, "crop_size": size} if size else {})
-        )
-        limit = arguments.max_train_samples
-        if limit is not None and limit < len(data["train"]):
-            data["train"] = data["train"].train_test_split(train_size=limit, stratify_by_column="label", seed=0)[
-                "train"
-            ]
-        self.options = {"interpolate_pos_encoding": True} if size else {}
+        processor = image_processor(self.base, arguments.image_size)
+        data["train"] = limited(data["train"], arguments.max_train_samples, seed=0)
+        self.options = {"interpolate_pos_encoding": True} if arguments.image_size else {}
         self.class_prompts: dict[str, torch.Tensor] = {}
         self.train, self.test = (
             Images(image_rows(data[split], processor), len(self.classes)) for split in ("train", "test")

@@ -191,13 +191,11 @@ def add_feedback(total: dict[int, torch.Tensor], feedback: Mapping[int, torch.Te
 
 
 def check_together(adapters: Sequence[ActiveAdapter], training: bool) -> None:
-    """Refuse adapters of which the sum is not known.
+    """Refuse several adapters of which the sum is not known.
 
     Raises:
         NotImplementedError: if one of several adds biases twice, or wants its variational loss.
     """
-    if len(adapters) < 2:
-        return
     for name, config, *_ in adapters:
         reason = (
             "adds the bias of the value projections once more (`double_value_bias=True`)"
