@@ -22,6 +22,7 @@ import copy
 import logging
 import multiprocessing
 import os
+import random
 import re
 import resource
 import signal
@@ -33,6 +34,7 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import transformers
 from peft import PeftModel, get_peft_model
@@ -47,6 +49,7 @@ from toast_peft.families.convnets import CONVNETS
 from toast_peft.families.hierarchies import HIERARCHIES
 from toast_peft.families.model_types import ARCHITECTURES
 
+from .kept_models import seed
 from .tiny_transformers import auto_mapping_of, model_that_may_not_run, tiny_model
 
 _TIME_LIMIT = 120  # seconds of processor time for each model type
@@ -143,7 +146,7 @@ def expected_of(base: nn.Module, inputs: dict[str, torch.Tensor]) -> Expected:
 @contextmanager
 def in_training(model: nn.Module) -> Iterator[None]:
     """Inside, a model is in training mode; what norms learn of the batches is forgotten."""
-    state = copy.deepcopy(model.state_dict())
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.train()
     try:
         yield
@@ -152,8 +155,15 @@ def in_training(model: nn.Module) -> Iterator[None]:
         model.load_state_dict(state)
 
 
+def seed_all() -> None:
+    """As `transformers.set_seed(0)`: also numpy, from which speech models draw what they mask."""
+    random.seed(0)
+    np.random.seed(0)
+    seed(0)
+
+
 def outputs_of(model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    transformers.set_seed(0)  # that of numpy as well, from which speech models draw what they mask
+    seed_all()
     with torch.no_grad():
         return list(_tensors(model(**inputs)))
 
@@ -193,7 +203,7 @@ def _close(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> boo
 @torch.no_grad()
 def _steer(model: nn.Module, inputs: dict[str, torch.Tensor]) -> None:
     """Put noise on the adapter, and turn each prompt to a feature, so that its effect is visible."""
-    torch.manual_seed(1)
+    seed(1)
     for name, parameter in model.named_parameters():
         if "topdown_" in name:
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -296,7 +306,7 @@ def _check_values_of(model: nn.Module, inputs: dict[str, torch.Tensor], path: Fe
 
 
 def _check_gradients(model: nn.Module, inputs: dict[str, torch.Tensor]) -> None:
-    transformers.set_seed(0)
+    seed_all()
     outputs = [output.float() for output in _tensors(model(**inputs)) if output.requires_grad]
     weights = [torch.linspace(-1, 1, output.numel()).view_as(output) for output in outputs]
     losses = [(w * out).sum().tanh() + out.square().mean() for w, out in zip(weights, outputs, strict=True)]
@@ -331,7 +341,7 @@ def _cached_and_not(model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[
     options |= {"suppress_tokens": list(range(50, 99))}
     logits = []
     for use_cache in (True, False):
-        torch.manual_seed(0)
+        seed(0)
         generated = model.generate(**inputs, **options, use_cache=use_cache)
         logits.append(torch.stack(generated.logits))
     return logits[0], logits[1]

@@ -51,7 +51,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "vision_config": {"hidden_size": 64},
         "num_hidden_layers": 2,
     },
-    "chameleon": {"vocabulary_map": {"<image>": 64}},
+    "bros": {"hidden_size": 64},
+    "chameleon": {"vocabulary_map": {"<image>": 64}, "vq_config": {"base_channels": 32}},
     "chmv2": {
         "backbone_config": _STAGES | {"return_class_token": True, "reshape_hidden_states": True},
         "post_process_channels": [8, 8, 8, 8],
@@ -68,6 +69,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         }
     },
     "cohere_compass_text": {"rope_parameters": _ROPE_BY_LAYER},
+    "convnext": {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 2, 1]},
     "d_fine": {"backbone_config": {"out_indices": [2, 3, 4]}},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0}},
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"] * 2}},
@@ -79,6 +81,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "ernie4_5_vl_moe_text": {"rope_parameters": _ROPE | {"mrope_section": [1, 1, 2]}},
     "exaone4_5_vision": {"num_key_value_heads": 2},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_chunk_size": 16},
+    "fastspeech2_conformer_hifigan": {"upsample_initial_channel": 16},
     "fun_asr_nano": {"adaptor_config": {"hidden_size": 32, "intermediate_size": 8, "num_attention_heads": 4}},
     "gemma4_assistant": {
         "text_config": {
@@ -97,6 +100,15 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "qformer_config": {"hidden_size": 64, "num_attention_heads": 4, "encoder_hidden_size": 64},
     },
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2, "num_hidden_layers": 4},
+    "hgnet_v2": {
+        "hidden_sizes": [8, 16, 16, 32],
+        "stem_channels": [3, 8, 8],
+        "stage_in_channels": [8, 8, 16, 16],
+        "stage_mid_channels": [8] * 4,
+        "stage_out_channels": [8, 16, 16, 32],
+        "stage_num_blocks": [1] * 4,
+        "stage_numb_of_layers": [1] * 4,
+    },
     "informer": _SERIES | {"label_length": 4},
     "instructblip": {"num_query_tokens": 4, "image_token_id": 64},
     "instructblipvideo": {"num_query_tokens": 4, "video_token_id": 64},
@@ -107,6 +119,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "lw_detr": {"projector_scale_factors": [1.0]},
     "lw_detr_vit": _STAGES | {"num_windows": 4, "pretrain_image_size": 32, "window_block_indices": [0]},
     "mask2former": _PYRAMID,
+    "mimi": {"num_filters": 4},
     "molmo2": {"adapter_config": {"vision_feature_layer": [3, 1]}},
     "moonshine_streaming": {"num_key_value_heads": 4},
     "nemo_speechlm": {"word_timestamp_config": {"num_attention_heads": 4}},
@@ -132,13 +145,17 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "num_self_attention_heads": 4,
         "num_cross_attention_heads": 4,
     },
+    "pe_audio_encoder": {"dac_config": {"encoder_hidden_size": 4, "hidden_size": 64}},
     "pocket_tts": {"flow_head_config": {"condition_dim": 32}},
     **dict.fromkeys(["pp_ocrv5_server_det", "pp_ocrv6_medium_det"], _TEXT_DETECTOR),
+    "pvt_v2": {"image_size": 64, "hidden_sizes": [8, 16, 40, 64], "depths": [1] * 4},
+    "qwen2_5_omni": {"token2wav_config": {"bigvgan_config": {"upsample_initial_channel": 64}}},
     "qwen3_omni_moe": {
         "talker_config": {"spatial_merge_size": 2, "text_config": {"shared_expert_intermediate_size": 16}}
     },
     "qwen4_exp_text": _INDEXER | {"indexer_budget": 8, "indexer_compress_ratio": 2},
     "reformer": {"is_decoder": True},
+    "rt_detr_resnet": _RESNET,
     "sam": _SAM,
     "sam2": {
         "vision_config": {
@@ -159,7 +176,14 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "keypoint_encoder_sizes": [8, 16, 32],
         "keypoint_detector_config": {"descriptor_decoder_dim": 32},
     },
-    "swin": {"image_size": 64, "patch_size": 2, "window_size": 4, "depths": [2, 1, 1, 1], "num_heads": [1, 2, 4, 8]},
+    "swin": {
+        "image_size": 64,
+        "patch_size": 2,
+        "window_size": 4,
+        "embed_dim": 16,
+        "depths": [2, 1, 1, 1],
+        "num_heads": [1, 2, 4, 8],
+    },
     "t5gemma2_encoder": {"text_config": {"dropout_rate": 0.0}},
     "time_series_transformer": _SERIES,
     "tipsv2_dpt": _DPT,
