@@ -24,8 +24,8 @@ from ..zoo import DECODERS, NUM_BLOCKS, RANGES, VARIANTS, inputs_of, tiny_model,
 PROMPT_LENGTH = 6
 
 
-def decoder(model_class: type, variant: str, **options: Any) -> PeftModel:
-    return steered(tiny_model(model_class, **options), task_type="CAUSAL_LM", **VARIANTS[variant])
+def decoder(model_class: type, variant: str) -> PeftModel:
+    return steered(tiny_model(model_class), task_type="CAUSAL_LM", **VARIANTS[variant])
 
 
 def generate(model: PeftModel | PreTrainedModel, **options: Any) -> Any:
@@ -76,7 +76,7 @@ def compiles_static_caches(monkeypatch: pytest.MonkeyPatch) -> None:
 @functools.cache
 def base_model_compiles() -> bool:
     try:
-        generate(tiny_model(tf.LlamaForCausalLM), max_new_tokens=2, **COMPILED)
+        generate(tiny_model(tf.LlamaForCausalLM, num_hidden_layers=1), max_new_tokens=2, **COMPILED)
     except torch._dynamo.exc.Unsupported:
         return False
     return True
@@ -85,11 +85,22 @@ def base_model_compiles() -> bool:
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiles_static_caches")
 @pytest.mark.parametrize(
-    ("model_class", "variant", "options"),
-    [(tf.LlamaForCausalLM, "full", {"num_hidden_layers": 2}), (tf.Gemma3ForCausalLM, "middle", {})],
+    ("model_class", "size", "options"),
+    [
+        (tf.LlamaForCausalLM, {"num_hidden_layers": 2}, {}),
+        # Blocks with either cache, of which the first runs in pass 1 only and the last in pass 2 only.
+        (
+            tf.Gemma3ForCausalLM,
+            {"num_hidden_layers": 3, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+            {"feedback_from": 2, "feedback_to": 1},
+        ),
+    ],
+    ids=["full", "middle"],
 )
-def test_compiled_decoding_with_a_static_cache(model_class: type, variant: str, options: dict[str, int]) -> None:
-    model = decoder(model_class, variant, **options)
+def test_compiled_decoding_with_a_static_cache(
+    model_class: type, size: dict[str, Any], options: dict[str, int]
+) -> None:
+    model = steered(tiny_model(model_class, **size), task_type="CAUSAL_LM", **options)
     with torch.compiler.set_stance("force_eager"):
         expected = generate(model, use_cache=False)
     assert_same_generation(generate(model, **COMPILED), expected)
