@@ -282,7 +282,7 @@ def test_deleting_an_adapter_makes_no_idle_one_trainable(deleted: str, tmp_path:
 
 @pytest.mark.parametrize("model_class", VIT_AND_LLAMA)
 def test_export_without_a_peft_model(model_class: type) -> None:
-    model = steered(tiny_model(model_class), r=4).get_base_model()
+    model = steered(tiny_model(model_class, num_hidden_layers=2), r=4).get_base_model()
     inputs = inputs_of(model) | ({"use_cache": False} if model_class is tf.LlamaForCausalLM else {})
     exported = torch.export.export(model, (), inputs, strict=False).module()
     with torch.no_grad():

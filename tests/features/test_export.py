@@ -30,14 +30,14 @@ class Logits(torch.nn.Module):
 
 def vit(**options: Any) -> tuple[Logits, torch.Tensor]:
     """A ViT with an adapter whose effect is visible, and images; of no more blocks than the passes need."""
-    base = tiny_model(tf.ViTForImageClassification, num_hidden_layers=1 + options.get("feedback_from", 1))
+    base = tiny_model(tf.ViTForImageClassification, num_hidden_layers=1 + options.get("feedback_from", 0))
     base_output = output_of(base)
     model = steered(base, **options)
     assert (output_of(model) - base_output).abs().max() > 0.1
     return Logits(model).eval(), inputs_of(model)["pixel_values"]
 
 
-@pytest.mark.parametrize(("variant", "strict"), [("lite", False), ("middle", True)])
+@pytest.mark.parametrize(("variant", "strict"), [("lite", True), ("middle", False)])
 def test_exported_program(variant: str, strict: bool, tmp_path: Path) -> None:
     """Saved, loaded and run on another batch size."""
     model, images = vit(**VARIANTS[variant])
