@@ -401,7 +401,7 @@ def test_model_split_over_two_devices(model_class: type, variant: str, device: s
 @pytest.mark.parametrize("model_class", VIT_AND_LLAMA)
 def test_compiled_forward(model_class: type, device: str) -> None:
     torch.compiler.reset()
-    size = {"num_hidden_layers": 2, "problem_type": "single_label_classification"}
+    size = {"num_hidden_layers": 1, "problem_type": "single_label_classification"}
     model = steered(tiny_model(model_class, **size)).to(device, torch.float64)
     inputs = without_cache(model)
     expected = output_of(model, inputs)

@@ -376,7 +376,7 @@ def test_what_is_in_a_cache_stays_as_it_was_made(skips: bool) -> None:
 @pytest.mark.skipif(not compiles_copies(), reason="this version of torch cannot trace the cache")
 def test_compiled_model_follows() -> None:
     torch.compiler.reset()
-    model = steered(tiny_model(VIT, num_hidden_layers=2))
+    model = steered(tiny_model(VIT, num_hidden_layers=1))
     expected = {alpha: output_at(model, alpha) for alpha in (1.0, 0.5, 0.25)}
     run = torch.compile(model, backend="aot_eager", fullgraph=True)
     for step, (alpha, output) in enumerate(expected.items()):

@@ -66,8 +66,8 @@ def exact(model_class: type, **options: Any) -> PeftModel:
     return steered(base, inputs_in_float64(base), **options)
 
 
-def fused(model_class: type = VIT, **options: Any) -> PeftModel:
-    model = steered(tiny_model(model_class), **options)
+def fused(model_class: type = VIT, size: dict[str, int] | None = None, **options: Any) -> PeftModel:
+    model = steered(tiny_model(model_class, **size or {}), **options)
     model.fuse_feedback()
     return model
 
@@ -180,7 +180,7 @@ def test_generation_with_a_cache(model_class: type, cache: dict[str, Any]) -> No
 @pytest.mark.parametrize(("model_class", "options"), [(VIT, {"r": 4}), (GPT2, {})])
 def test_compiled_once_in_one_graph(model_class: type, options: dict[str, Any]) -> None:
     torch.compiler.reset()
-    model = fused(model_class, **options)
+    model = fused(model_class, size={"num_hidden_layers": 2}, **options)
     inputs = inputs_of(model) | ({} if model_class is VIT else {"use_cache": False})
     expected, run = output_of(model, inputs), torch.compile(model, fullgraph=True, backend="eager")
     for stance in ("default", "fail_on_recompile"):
@@ -192,7 +192,7 @@ def test_compiled_once_in_one_graph(model_class: type, options: dict[str, Any]) 
 @pytest.mark.skipif(not compiles_copies(), reason="this torch breaks the graph at a copy.copy of the cache")
 def test_compiled_decoding_with_a_static_cache() -> None:
     torch.compiler.reset()
-    model = fused(LLAMA)
+    model = fused(LLAMA, size={"num_hidden_layers": 2})
     results = []
     for decode in (model, torch.compile(model, fullgraph=True, backend="eager")):
         cache = tf.StaticCache(config=model.config, max_cache_len=12)

@@ -357,9 +357,13 @@ def test_stored_features_stay_valid(variant: str, tmp_path: Path) -> None:
     assert_same(output_of(model, plain | {"topdown_features": batch["topdown_features"]}), output_of(model, plain))
 
 
+# The first of three blocks runs in pass 1 only, the second in both, the third in pass 2 only.
+MIDDLE = {"size": {"num_hidden_layers": 3}, "feedback_from": 2, "feedback_to": 1}
+
+
 @pytest.mark.slow
 def test_compiled_in_one_graph() -> None:
-    model = both(tf.ViTForImageClassification, "middle", gate="token", pass2_target_modules=["v_proj", "fc1"])
+    model = both(tf.ViTForImageClassification, gate="token", pass2_target_modules=["v_proj", "fc1"], **MIDDLE)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     inputs = inputs_for(model)
@@ -367,7 +371,7 @@ def test_compiled_in_one_graph() -> None:
 
 
 def test_exported() -> None:
-    model = both(tf.ViTForImageClassification, "middle", pass2_target_modules=["v_proj", "fc1"])
+    model = both(tf.ViTForImageClassification, pass2_target_modules=["v_proj", "fc1"], **MIDDLE)
     inputs = inputs_for(model)
     with torch.no_grad():
         exported = torch.export.export(model, (), inputs, strict=False).module()

@@ -232,7 +232,7 @@ def test_injected_adapters_take_it() -> None:
 @pytest.mark.slow
 def test_compiled_model_is_compiled_for_no_other_prompt() -> None:
     torch.compiler.reset()
-    size = {"num_hidden_layers": 2, "problem_type": "single_label_classification"}
+    size = {"num_hidden_layers": 1, "problem_type": "single_label_classification"}
     model = steered(tiny_model(tf.ViTForImageClassification, **size))
     prompts = prompts_near_features(model, inputs_of(model))
     batches = [inputs_of(model) | {"topdown_prompt": x} for x in (prompts, -prompts, prompts + 0.1)]
