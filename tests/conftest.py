@@ -7,6 +7,7 @@ import sysconfig
 from collections import Counter
 from collections.abc import Iterator
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -61,14 +62,22 @@ MODULES = ("argparse", "datetime", "enum", "socket", "tarfile", "threading", "_p
 
 @pytest.fixture(scope="session")
 def library_is_small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Python's library has few modules: to read all takes longer than what the examples do with them in tests."""
-    folder = tmp_path_factory.mktemp("library")
+    """Python's library has few modules: to read all takes longer than what examples and benchmarks do with them."""
+    folder, whole = tmp_path_factory.mktemp("library"), Path(sysconfig.get_path("stdlib"))
     for name in MODULES:
-        shutil.copy(Path(sysconfig.get_path("stdlib")) / f"{name}.py", folder)
+        shutil.copy(whole / f"{name}.py", folder)
+    offline, text_classification = import_module("offline"), import_module("text_classification")
+    for name in offline.PACKAGES:
+        (folder / name).symlink_to(whole / name)
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("language_modeling", "pretraining_feedback"):
-            patch.setattr(import_module(name), "sysconfig", SimpleNamespace(get_path=lambda name: folder))
+        for name in ("language_modeling", "pretraining_feedback", "instruction_tuning"):
+            if name != "instruction_tuning" or find_spec("trl"):  # which needs Python 3.11
+                patch.setattr(import_module(name), "sysconfig", SimpleNamespace(get_path=lambda name: folder))
+        patch.setattr(text_classification, "MODULES", {name: [folder / f"{name}.py"] for name in MODULES})
+        patch.setattr(offline, "LIBRARY", folder)
+        offline.docstrings.cache_clear()
         yield
+        offline.docstrings.cache_clear()
 
 
 @pytest.fixture(autouse=True)

@@ -10,13 +10,14 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
+pytestmark = pytest.mark.usefixtures("library_is_small")
 SHORT = ["--tries", "1", "--seeds", "1", "--num_train_epochs", "1", "--pretraining_steps", "1"]
 SHORT += ["--max_train_samples", "20", "--max_test_samples", "20", "--validation_share", "0.25"]
 ENCODER = [name for name, method in methods.METHODS.items() if method.encoder is not None]
 
 
 @pytest.fixture(scope="module")
-def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def outputs(tmp_path_factory: pytest.TempPathFactory, library_is_small: None) -> Path:
     """A folder with the default model, as if it had been pre-trained."""
     folder = tmp_path_factory.mktemp("outputs")
     offline.small_bert(folder / "small_bert", steps=1)

@@ -20,7 +20,7 @@ def first_docstrings(numeric: bool) -> DatasetDict:
 
 
 @pytest.fixture
-def few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+def few_texts(monkeypatch: pytest.MonkeyPatch, library_is_small: None) -> None:
     for module in (continual, gates):
         monkeypatch.setattr(module, "docstrings", first_docstrings)
 

@@ -181,6 +181,7 @@ EXAMPLE = ["--pretraining_steps", "2", "--max_steps", "2", "--max_train_samples"
 EXAMPLE += ["--report_to", "none", "--use_cpu", "--disable_tqdm", "True"]
 
 
+@pytest.mark.usefixtures("library_is_small")
 def test_the_example_learns_from_answers_and_saves(tmp_path: Path) -> None:
     metrics = instruction_tuning.main([*EXAMPLE, "--max_steps", "6", "--output_dir", str(tmp_path)])
     assert json.loads((tmp_path / "all_results.json").read_text()) == metrics
