@@ -14,6 +14,7 @@ from ..helpers import adapted, assert_same, output_of
 from ..zoo import VIT_AND_LLAMA, VOCAB_SIZE, tiny_model
 
 STEPS = 40
+FEW_STEPS = {"max_steps": 6, "save_steps": 3, "eval_strategy": "no"}  # four are an epoch
 
 
 def dataset_for(model_class: type, rows: int = 64) -> Dataset:
@@ -91,11 +92,11 @@ def test_loss_falls_and_the_base_model_stays(model_class: type, r: int, options:
 
 @pytest.mark.parametrize(("model_class", "bf16"), [(tf.ViTForImageClassification, True), (tf.LlamaForCausalLM, False)])
 def test_resumed_run_gives_the_same_weights(model_class: type, bf16: bool, tmp_path: Path) -> None:
-    """Interrupted at half and resumed in a new process' model, the weights are those of an uninterrupted run."""
+    """Interrupted amid an epoch and resumed in a new process' model, the weights are those of an uninterrupted run."""
     whole = new_model(model_class)
-    trainer_for(whole, tmp_path, bf16=bf16).train()
+    trainer_for(whole, tmp_path, bf16=bf16, **FEW_STEPS).train()
     resumed = new_model(model_class)
-    trainer_for(resumed, tmp_path, bf16=bf16).train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{STEPS // 2}"))
+    trainer_for(resumed, tmp_path, bf16=bf16, **FEW_STEPS).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     expected, found = whole.state_dict(), resumed.state_dict()
     assert found.keys() == expected.keys()
     for name, weights in expected.items():
@@ -105,8 +106,8 @@ def test_resumed_run_gives_the_same_weights(model_class: type, bf16: bool, tmp_p
 @pytest.mark.parametrize("model_class", VIT_AND_LLAMA)
 def test_checkpoint_is_an_adapter(model_class: type, tmp_path: Path) -> None:
     model = new_model(model_class)
-    trainer_for(model, tmp_path).train()
-    folder = tmp_path / f"checkpoint-{STEPS}"
+    trainer_for(model, tmp_path, **FEW_STEPS).train()
+    folder = tmp_path / "checkpoint-6"
     assert (folder / "adapter_model.safetensors").exists() and not (folder / "model.safetensors").exists()
     loaded = PeftModel.from_pretrained(tiny_model(model_class), folder)
     assert_same(output_of(loaded.eval()), output_of(model.eval()))
