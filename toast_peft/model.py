@@ -149,7 +149,7 @@ class TopDownModel(BaseTuner):
         path.add_block(index, target, peft_config).update_layer(adapter_name, peft_config)
         path.passes.steer(index, target)
 
-    # -------------------------------------------------------------------------------------------------- pre-tuning
+    # ---------------------------------------------------------------------------------------------------- training
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
@@ -180,6 +180,16 @@ class TopDownModel(BaseTuner):
     def feedback_statistics(self) -> dict[str, float]:
         """The share of open tokens and the mean mask of the last forward, see [`feedback_statistics`]."""
         return feedback_statistics(self.model)
+
+    def train(self, mode: bool = True) -> "TopDownModel":
+        """As of any module; and what checkpoints the blocks gets to know of the feedback, if it is switched on.
+
+        Each forward sees to that as well, but one that is compiled while it does so is compiled again in the next.
+        """
+        if mode:
+            for _, path in feedback_paths(self):
+                path.passes.backbone_forward.wrap_checkpoints()
+        return super().train(mode)
 
     # ---------------------------------------------------------------------------------------------------- inference
 
