@@ -12,6 +12,9 @@ import text_gates
 import torch
 from datasets import DatasetDict
 
+ROOT = Path(__file__).parents[1]
+RESULTS, PAGE = ROOT / "examples/benchmarks/results", ROOT / "docs/gates.md"
+
 
 def first_docstrings(numeric: bool) -> DatasetDict:
     """More than these tests use, so that not all of them are tokenized."""
@@ -81,9 +84,19 @@ def test_blocks_of_two_texts_change_in_the_middle() -> None:
 
 
 def test_page_has_what_was_measured() -> None:
-    root = Path(__file__).parents[1]
-    runs = pd.read_csv(root / "examples/benchmarks/results/text_gates.csv")
-    assert image_gates.table(runs) in (root / "docs" / "gates.md").read_text()
+    runs = pd.read_csv(RESULTS / "text_gates.csv")
+    assert image_gates.table(runs) in PAGE.read_text()
+
+
+def test_page_has_what_stricter_gates_leave_alone_and_what_they_cost() -> None:
+    others = pd.read_csv(RESULTS / "text_gates_quantiles.csv")
+    runs = pd.concat([pd.read_csv(RESULTS / "text_gates.csv").assign(quantile=0.95, fit_blocks=64), others])
+    for (blocks, quantile), rows in runs.groupby(["fit_blocks", "quantile"]):
+        alone = rows.groupby("is")["left alone"].agg(["mean", "min"])
+        open_tokens = 100 * rows.drop_duplicates("target")["open_target"].mean()
+        cells = [f"{alone['mean'][kind]:.0f} ({alone['min'][kind]:.0f})" for kind in ("reference", "unseen")]
+        shown = " | ".join([f"{quantile:g}", *cells, f"{alone['mean']['target']:.0f}", f"{open_tokens:.0f}"])
+        assert f"| {blocks} | {shown} |" in PAGE.read_text()
 
 
 def test_sets_that_are_in_no_reference_are_in_brackets() -> None:
