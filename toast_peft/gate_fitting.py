@@ -89,9 +89,9 @@ def fit_gate(
     """Fit the gate of an adapter, which then leaves alone what is like the reference and not like the target.
 
     Where the gate is closed the output is that of the base model, bit for bit. It depends on the base model only, so
-    that it can be fitted before the adapter is trained or after. 64 rows of 128 tokens a side are enough to leave alone
-    what is like the reference; 256 and a `quantile` of 0.98 for what is not like it either. All that the gate compares
-    is kept in memory, 4 d bytes a token.
+    that it can be fitted before the adapter is trained or after. 64 rows of 128 tokens a side are enough to leave
+    alone what is like the reference; 256 and a `quantile` of 0.98 for what is not like it either. All that the gate
+    compares is kept in memory, 4 d bytes a token.
 
     Args:
         model: has the adapter, which must be active.

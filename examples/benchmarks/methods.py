@@ -53,10 +53,10 @@ _pass2_lora = {"pass2_r": 8, "pass2_lora_alpha": 16}
 _pass2_lora_biases = _pass2_lora | {"pass2_bias": "all"}
 METHODS = {
     "linear": Method(1e-2, None, encoder=1e-2),
-    "full": Method(5e-5, 1.6e-4, encoder=5e-5),
-    "bitfit": Method(3e-3, None, encoder=1e-3),
+    "full": Method(5e-5, 1.6e-4, encoder=1.5e-4),
+    "bitfit": Method(3e-3, None, encoder=3e-3),
     "vpt-deep": Method(1e-2, None),
-    "lora": Method(2e-3, 5e-3, partial(_lora, target_modules=QUERIES_AND_VALUES), encoder=1e-3),
+    "lora": Method(2e-3, 5e-3, partial(_lora, target_modules=QUERIES_AND_VALUES), encoder=3e-3),
     "lora-mlp": Method(None, 1.5e-3, partial(_lora, target_modules=MLP)),
     "lora-all-linear": Method(2e-3, 1.5e-3, _lora_all_linear, encoder=1e-3),
     "lora-all-linear-biases": Method(2e-3, None, partial(_lora_all_linear, bias="all")),
@@ -66,7 +66,7 @@ METHODS = {
     "pass2-lora-gated": Method(None, 1.5e-3, partial(_second_pass, gate="sequence", **_pass2_lora)),
     "pass2-biases": Method(3e-3, None, partial(_second_pass, pass2_r=0, pass2_bias="all")),
     "pass2-lora-biases": Method(2e-3, None, partial(_second_pass, **_pass2_lora_biases), encoder=1e-3),
-    "toast": Method(2e-4, 3e-3, TopDownConfig, encoder=1e-3),
+    "toast": Method(2e-4, 3e-3, TopDownConfig, encoder=3e-3),
     "toast-initialized": Method(2e-4, 3e-3, TopDownConfig),
     "toast-output-initialized": Method(None, 3e-3, _output),
     "toast-output-gated-initialized": Method(None, 3e-3, partial(_output, gate="sequence")),

@@ -12,7 +12,7 @@ import pandas as pd
 RESULTS = Path(__file__).parent / "results"
 IMAGES = ("dtd10", "flowers5", "cifar10")
 FIVE_SETS = (*IMAGES, "digits", "street_crops")  # those of `shifted_images.py` as well
-TEXTS = ("trec6",)
+TEXTS = ("trec6", "sst2")
 MOSAICS = ("dtd10", "flowers5")
 TARGET = "target perplexity"
 SHORT, LONG = 215, 1000  # trainings on Shakespeare, in steps
@@ -59,12 +59,12 @@ def images(names: Sequence[str] = IMAGES) -> pd.DataFrame:
 
 
 def texts(names: Sequence[str] = TEXTS) -> pd.DataFrame:
-    """The same of sets of texts, with what was chosen on the first.
+    """The same of sets of texts.
 
     Args:
         names: of the data sets; the costs are those on the first.
     """
-    return accuracies("texts", names).drop(columns=["weight decay", "seconds"])
+    return accuracies("texts", names).drop(columns=["learning rate", "weight decay", "seconds"])
 
 
 def accuracies(benchmark: str, names: Sequence[str]) -> pd.DataFrame:
