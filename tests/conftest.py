@@ -70,9 +70,9 @@ def library_is_small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
     for name in offline.PACKAGES:
         (folder / name).symlink_to(whole / name)
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("language_modeling", "pretraining_feedback", "instruction_tuning"):
-            if name != "instruction_tuning" or find_spec("trl"):  # which needs Python 3.11
-                patch.setattr(import_module(name), "sysconfig", SimpleNamespace(get_path=lambda name: folder))
+        with_trl = ["instruction_tuning"] if find_spec("trl") else []  # which needs Python 3.11
+        for name in ("language_modeling", "pretraining_feedback", *with_trl):
+            patch.setattr(import_module(name), "sysconfig", SimpleNamespace(get_path=lambda name: folder))
         patch.setattr(text_classification, "MODULES", {name: [folder / f"{name}.py"] for name in MODULES})
         patch.setattr(offline, "LIBRARY", folder)
         offline.docstrings.cache_clear()

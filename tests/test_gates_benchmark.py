@@ -11,9 +11,9 @@ import pytest
 import text_gates
 import torch
 from datasets import DatasetDict
+from tables import RESULTS
 
-ROOT = Path(__file__).parents[1]
-RESULTS, PAGE = ROOT / "examples/benchmarks/results", ROOT / "docs/gates.md"
+PAGE = Path(__file__).parents[1] / "docs" / "gates.md"
 
 
 def first_docstrings(numeric: bool) -> DatasetDict:

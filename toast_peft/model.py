@@ -187,7 +187,7 @@ class TopDownModel(BaseTuner):
         Each forward sees to that as well, but one that is compiled while it does so is compiled again in the next.
         """
         if mode:
-            for _, path in feedback_paths(self):
+            for _, path in feedback_paths(self.model):
                 path.passes.backbone_forward.wrap_checkpoints()
         return super().train(mode)
 

@@ -53,9 +53,7 @@ def images(names: Sequence[str] = IMAGES) -> pd.DataFrame:
     Args:
         names: of the data sets; the costs are those on the first.
     """
-    table = accuracies("comparison", names)
-    # Many trainings ran side by side, so their times say little.
-    return table.drop(columns=["learning rate", "weight decay", "seconds"])
+    return accuracies("comparison", names)
 
 
 def texts(names: Sequence[str] = TEXTS) -> pd.DataFrame:
@@ -64,11 +62,11 @@ def texts(names: Sequence[str] = TEXTS) -> pd.DataFrame:
     Args:
         names: of the data sets; the costs are those on the first.
     """
-    return accuracies("texts", names).drop(columns=["learning rate", "weight decay", "seconds"])
+    return accuracies("texts", names)
 
 
 def accuracies(benchmark: str, names: Sequence[str]) -> pd.DataFrame:
-    """`comparison_table` with the accuracies on several data sets and their mean, if there are several.
+    """`comparison_table` with the accuracies on several data sets and their mean, without what was chosen on each.
 
     Args:
         benchmark: what the files with the trainings start with.
@@ -79,11 +77,11 @@ def accuracies(benchmark: str, names: Sequence[str]) -> pd.DataFrame:
     tables = {name: comparison_table(frame, [name], digits=1) for name, frame in percent.items()}
     tested = [frame[frame["split"] == "test"].groupby("method")[name].mean() for name, frame in percent.items()]
     means = pd.concat(tested, axis=1).dropna().mean(axis=1).rename("`{}`".format).sort_values(ascending=False)
-    table = tables[names[0]]
+    # Many trainings ran side by side, so their times say little.
+    table = tables[names[0]].drop(columns=["learning rate", "weight decay", "seconds"])
     for place, name in enumerate(names[1:], start=2):
         table.insert(place, name, tables[name][name])
-    if len(names) > 1:
-        table.insert(1 + len(names), "mean", means.map("{:.1f}".format))
+    table.insert(1 + len(names), "mean", means.map("{:.1f}".format))
     return table.loc[means.index]
 
 
