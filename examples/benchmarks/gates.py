@@ -28,7 +28,7 @@ import pandas as pd
 import torch
 from comparison import only_our_progress
 from cost import HelpFormatter
-from datasets import Dataset, load_dataset
+from datasets import Dataset, DatasetDict, load_dataset
 from methods import METHODS, apply_method
 from offline import docstrings, joined_columns, small_llama, token_rows
 from peft import PeftModel
@@ -197,7 +197,7 @@ def has_logits_of_base(model: torch.nn.Module, inputs: dict[str, Any], logits: t
         return (logits == model(**inputs).logits).all(-1).flatten()
 
 
-def load_folder(path: str) -> dict[str, Dataset]:
+def load_folder(path: str) -> DatasetDict:
     """The splits "train" and "test" of a folder."""
     files = {split: [str(file) for file in sorted(Path(path).glob(f"{split}.jsonl*"))] for split in ("train", "test")}
     return load_dataset("json", data_files=files)
