@@ -8,6 +8,7 @@ A model type is *right* if with `TopDownConfig()`, so without any help,
 - values: in each block, its feedback changes what attention gets as values and neither its queries nor its keys,
 - gradients: they reach every trained part,
 - training: in training mode, where dropout is on, outputs are finite and steered, and gradients reach every part,
+- fused: fused feedback gives the same output,
 - cache: generation with a cache computes what generation without one does,
 - loading: a saved adapter on a copy of the untouched model gives the same output.
 
@@ -108,6 +109,7 @@ def examine(model_type: str) -> Row:
         ("values", lambda: _check_values(model, inputs)),
         ("gradients", lambda: _check_gradients(model, inputs)),
         ("training", lambda: _check_training(model, inputs, expected)),
+        ("fused", lambda: _check_fused(model, inputs)),
         ("cache", lambda: _check_cache(model, inputs, expected)),
         ("loading", lambda: _check_loading(model, inputs, expected, another)),
     )
@@ -331,6 +333,19 @@ def _check_training(model: nn.Module, inputs: dict[str, torch.Tensor], expected:
     return True
 
 
+def _check_fused(model: nn.Module, inputs: dict[str, torch.Tensor]) -> bool:
+    """Where there are blocks with attention, not stages."""
+    expected = outputs_of(model, inputs)
+    try:
+        model.fuse_feedback()
+    except NotImplementedError:
+        return False
+    for found, unfused in zip(outputs_of(model, inputs), expected, strict=True):
+        assert _close(found, unfused, 1e-3), "fused feedback gives something else"
+    model.unfuse_feedback()
+    return True
+
+
 def _cached_and_not(model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Logits of generation with and without a cache, if the model generates."""
     if not getattr(model, "can_generate", lambda: False)():
@@ -416,8 +431,9 @@ made that runs here. Vision towers of timm are replaced by a small ResNet or ViT
 
 *start*: a new adapter changes nothing, in training mode neither. *values*: in each block, its feedback changes the
 values of the attention, and not its queries and keys. *gradients*: they reach every trained part. *training*: with
-dropout as well, and the outputs are finite and steered. *cache*: generation with a cache computes what it does without
-one (of types that do so themselves). *loading*: a saved adapter gives the same on a new model."""
+dropout as well, and the outputs are finite and steered. *fused*: fused feedback gives the same. *cache*: generation with
+a cache computes what it does without one (of types that do so themselves). *loading*: a saved adapter gives the same on
+a new model."""
 
 
 def page(rows: list[Row]) -> str:

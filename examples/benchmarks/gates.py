@@ -122,8 +122,7 @@ class Gates:
                 for later in self.arguments.gates if gate is None else []:
                     self.fit(model, later)
                     yield from self.measured(model, f"{method}, then {later} gate", seed)
-            if self.arguments.scales:
-                yield from self.of_lora(seed)
+            yield from self.of_lora(seed)
 
     def of_lora(self, seed: int) -> Iterator[dict[str, Any]]:
         """LoRA of both passes, with its output scaled."""
