@@ -17,7 +17,7 @@ from tokenizers.pre_tokenizers import Whitespace
 
 from toast_peft import TopDownConfig, store_features
 
-from .helpers import adapted, assert_same, output_of
+from .helpers import adapted, assert_same, counted_block_calls, output_of
 from .zoo import VARIANTS, VOCAB_SIZE, tiny_model
 
 trl = pytest.importorskip("trl", reason="needs Python 3.11")
@@ -147,7 +147,9 @@ def test_sft_with_stored_features(tokens: Dataset, tmp_path: Path) -> None:
     rows = Dataset.from_dict({"row": range(len(stored))})
     rows = rows.with_transform(lambda batch: {"stored": [stored[index] for index in batch["row"]]})
     with_stored = lambda batch: stored.collate([row["stored"] for row in batch])  # noqa: E731
-    found = losses_with(models[0], rows, with_stored, tmp_path)
+    with counted_block_calls(models[0]) as calls:
+        found = losses_with(models[0], rows, with_stored, tmp_path)
+    assert set(calls.values()) == {4}  # pass 1 does not run in the four steps
     assert found == pytest.approx(losses_with(models[1], tokens, collator, tmp_path), rel=1e-4)
 
 

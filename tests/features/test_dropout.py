@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers as tf
 from torch import nn
+from transformers.integrations.neftune import neftune_post_forward_hook
 
 from toast_peft.core.dropout import has_dropout
 
@@ -48,6 +49,17 @@ def test_no_op_adapter_trains_as_the_base_model_with_the_same_seed(model_class: 
     for seed in range(3):
         torch.testing.assert_close(seeded_output(model, seed), expected[seed], rtol=1e-5, atol=1e-5)
     assert all(module.training for module in model.modules())
+
+
+def test_noise_of_neftune_is_that_of_the_base_model_with_the_same_seed() -> None:
+    base = tiny_model(tf.LlamaForCausalLM).train()
+    model = adapted(copy.deepcopy(base))
+    for module in (base, model):
+        embeddings = module.get_input_embeddings()
+        embeddings.neftune_noise_alpha = 5.0
+        embeddings.register_forward_hook(neftune_post_forward_hook)
+    torch.testing.assert_close(seeded_output(model, 0), seeded_output(base, 0), rtol=1e-5, atol=1e-5)
+    assert (seeded_output(base, 0) - seeded_output(base, 1)).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("options", [{}, {"feedback_to": 2}], ids=str)

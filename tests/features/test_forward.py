@@ -56,6 +56,28 @@ def test_normalize_features_changes_where_the_feedback_starts(model_class: type)
     assert not torch.allclose(output_of(switched), output_of(by_model_type))
 
 
+@pytest.mark.parametrize("options", [{}, {"r": 4}, {"gate": "token"}, {"pass2_target_modules": ["up_proj"]}], ids=str)
+def test_functional_call_computes_with_the_weights_given(options: dict[str, Any]) -> None:
+    """And with `torch.func`, gradients of single rows are those that each row gives alone."""
+    model = steered(tiny_model(tf.LlamaForCausalLM), task_type="CAUSAL_LM", **options).double()
+    inputs = inputs_of(model) | {"use_cache": False}
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+    trained = {name: weights.pop(name) for name, weight in model.named_parameters() if weight.requires_grad}
+
+    def loss(trained: dict[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
+        row = {"input_ids": ids[None], "labels": ids[None], "use_cache": False}
+        return torch.func.functional_call(model, weights | trained, (), row).loss
+
+    assert_same(torch.func.functional_call(model, weights | trained, (), inputs).logits, output_of(model, inputs))
+    doubled = {name: 2 * weight for name, weight in trained.items()}
+    changed = torch.func.functional_call(model, weights | doubled, (), inputs).logits
+    assert not torch.allclose(changed, output_of(model, inputs))
+    of_rows = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(trained, inputs["input_ids"])
+    for index, ids in enumerate(inputs["input_ids"]):
+        for name, of_row in torch.func.grad(loss)(trained, ids).items():
+            torch.testing.assert_close(of_rows[name][index], of_row, rtol=1e-8, atol=1e-12)
+
+
 # ---------------------------------------------------------------------------------------------------- what it costs
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import threading
+import types
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from ..helpers import (
     assert_same,
     assert_same_generation,
     assert_same_gradients,
+    counted_block_calls,
     features_of,
     first_tensor,
     gradients,
@@ -199,6 +201,23 @@ def test_stored_features_are_compared_with_it(tmp_path: Any) -> None:
     batch = stored.collate([{**stored[i], "topdown_prompt": prompts[i]} for i in range(2)])
     assert batch["topdown_features"].shape[0] == 2
     assert_same(output_of(model, batch), output_of(model, inputs_of(model) | {"topdown_prompt": prompts}))
+
+
+def test_forward_of_another_library_that_calls_the_backbone(tmp_path: Any) -> None:
+    """Those of TRL's trainers hand on what they do not know."""
+    model = steered(tiny_model(tf.LlamaForCausalLM)).train()
+    inputs = {"input_ids": inputs_of(model)["input_ids"]}
+    given = {"topdown_prompt": prompts_near_features(model, inputs), "use_cache": False}
+    expected = model(**inputs, **given, output_hidden_states=True).hidden_states[-1]
+    stored = store_features(model, [{"input_ids": ids} for ids in inputs["input_ids"]], tmp_path)
+    base = model.get_base_model()
+    base.forward = types.MethodType(lambda self, **kwargs: self.model(**kwargs), base)
+    with counted_block_calls(model) as calls:
+        found = model(**stored.collate([stored[i] for i in range(2)]), **given).last_hidden_state
+    assert set(calls.values()) == {1}
+    assert_same(found, expected)
+    assert_same(model(**inputs, **given).last_hidden_state, expected)
+    assert not torch.allclose(model(**inputs).last_hidden_state, expected)
 
 
 def test_trainer_keeps_the_column(tmp_path: Any) -> None:

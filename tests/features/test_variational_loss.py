@@ -130,6 +130,21 @@ def test_model_that_calls_its_backbone_twice() -> None:
     torch.testing.assert_close(model(*images)[0], expected)
 
 
+def test_backbone_that_is_called_past_the_forward_of_the_model() -> None:
+    """As by the trainers of TRL: the loss is that of the last forward, and does not add up until memory is full."""
+    model = pretuned(tf.LlamaForCausalLM)
+    backbone = model.get_base_model().model
+    inputs = inputs_of(model)
+    expected = expected_loss(model, inputs)
+    backbone(**inputs)
+    with pytest.warns(UserWarning, match="was not used.*TRL"):
+        backbone(**inputs)
+    torch.testing.assert_close(model.variational_loss(), expected)
+    model(**inputs)
+    with pytest.warns(UserWarning, match="label smoothing"):
+        model(**inputs)
+
+
 def test_stale_loss_of_an_encoder_is_not_added() -> None:
     base = tiny_model(tf.T5ForConditionalGeneration, dropout_rate=0.0)
     model = adapted(base, variational_weight=WEIGHT).train()

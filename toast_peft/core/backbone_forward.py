@@ -46,13 +46,14 @@ from .layers import FeedbackPath, hidden_states_of
 from .mixed_batch import has_modules_of_rows
 from .module_tree import is_trained
 from .open_rows import has_rows, may_skip_rows, put_rows, rows_of_arguments
+from .prompt_input import PROMPT_INPUT, GivenPrompt, path_for
 from .recording import RecordingPaused, is_recording
 from .replaced_forward import ReplacedForward
-from .run import SINGLE_PASS, Run, run_of
+from .run import SINGLE_PASS, Current, Run, run_of
 from .running_sum import RunningSum
 from .stored_pass import STORED_INPUT, Origin, StoredPass
 from .topdown_layer import weight_of
-from .variational_loss import Reconstruction, padding_to_leave_out
+from .variational_loss import Reconstruction, forget_variational_loss, padding_to_leave_out, total
 
 if TYPE_CHECKING:
     from .stack import Stack
@@ -91,6 +92,8 @@ class BackboneForward(ReplacedForward):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         kwargs = {**{self.argument_names[i]: value for i, value in enumerate(args)}, **kwargs}
+        if PROMPT_INPUT in kwargs or STORED_INPUT in kwargs:
+            return self._with_inputs_of_model(**kwargs)
         names = self.path.active_adapters
         if torch.is_grad_enabled():
             self.wrap_checkpoints()
@@ -109,6 +112,37 @@ class BackboneForward(ReplacedForward):
         finally:
             self.state.current.run = outer
 
+    def _with_inputs_of_model(
+        self, topdown_prompt: torch.Tensor | None = None, topdown_features: torch.Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        """Call with what the model's forward takes, where another one is in its place, as with the trainers of TRL.
+
+        Args:
+            topdown_prompt: as in `ModelForward`.
+            topdown_features: as in `StoredInput`.
+            kwargs: the arguments of the backbone.
+        """
+        current = self.state.current
+        outer = current.prompt, current.stored
+        try:
+            if topdown_prompt is not None:
+                path_for([self.path], topdown_prompt)  # raises if it cannot be for this one
+                current.prompt = GivenPrompt(topdown_prompt, may_repeat=False)
+            if topdown_features is not None:
+                current.stored = self._stored_pass(topdown_features)
+            return self(**kwargs)
+        finally:
+            current.prompt, current.stored = outer
+
+    def _stored_pass(self, topdown_features: torch.Tensor) -> StoredPass:
+        accepted = self.path.passes.stored_input
+        if accepted is None:
+            raise ValueError(
+                f"`{STORED_INPUT}` was given, and this model has stored none; expected those of `store_features` with "
+                "this model. Call it first, or leave them out."
+            )
+        return accepted.stored_pass(topdown_features)
+
     def wrap_checkpoints(self) -> None:
         """Wrap the checkpointing functions; again at each forward, as enabling checkpointing sets a new one."""
         for block in self.block_forwards:
@@ -126,9 +160,17 @@ class BackboneForward(ReplacedForward):
             output = self._run_with_cache(run, kwargs, cache)
         else:
             output = self._run_without_cache(run, kwargs)
-        if run.reconstruction is not None:  # added, as a model may call its backbone more than once
-            self.state.current.variational_loss = run.reconstruction.loss(config, self.state.current.variational_loss)
+        if run.reconstruction is not None:
+            self._add_loss(run.reconstruction.loss(config), self.state.current)
         return output
+
+    @staticmethod
+    def _add_loss(loss: torch.Tensor | None, current: Current) -> None:
+        """To that of other forwards of this backbone within one of the model."""
+        if not current.model_runs:
+            forget_variational_loss(current)
+        losses = [part for part in (current.variational_loss, loss) if part is not None]
+        current.variational_loss = total(losses) if losses else None
 
     def _run_after_stored_pass(self, run: Run, kwargs: dict[str, Any], stored: StoredPass) -> Any:
         for adapter in run.adapters:

@@ -41,7 +41,8 @@ class BlockForward(ReplacedForward):
             raise RuntimeError(
                 f"Block {self.index} was called past the forward of the module that owns the blocks, so it would not "
                 "get the feedback of the active adapter. Call the whole model, or disable the adapter to run single "
-                "blocks. If the model itself does this, TOAST does not support it."
+                "blocks. If the model itself does this, or hands its blocks to torch.utils.checkpoint, TOAST does not "
+                "support it."
             )
 
     def _first_pass(self, run: Run, *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,5 @@
-"""Pass 1 runs without dropout, whatever kind it is: of elements, of whole branches (stochastic depth) or of blocks.
+"""Pass 1 runs without dropout, whatever kind it is: of elements, of whole branches (stochastic depth) or of blocks, or
+the noise of NEFTune.
 
 Its features are then those of inference also in training, and it uses up no random numbers: pass 2 draws what the base
 model would draw, so that an adapter that starts as a no-op starts as the base model in training mode as well.
@@ -18,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .module_tree import modules_inside
 from .value_projection import input_size
 
+NEFTUNE = "neftune_noise_alpha"  # an embedding with it adds noise to its output, by a hook of transformers
 # Parts of the names that transformers gives to what is random in training: `attn_pdrop`, `layerdrop`,
 # `drop_path_rate`, `router_jitter_noise`; DINOv3 moves its positions.
 _RANDOM = re.compile(r"drop|jitter|pos_embed_(rescale|shift)")
@@ -28,7 +30,7 @@ def has_dropout(backbone: nn.Module) -> bool:
     if not backbone.training:
         return False
     for module in modules_inside(backbone, without=(backbone._modules.get("feedback_path"),)):
-        if isinstance(module, _DropoutNd) and module.p > 0:
+        if (isinstance(module, _DropoutNd) and module.p > 0) or NEFTUNE in module.__dict__:
             return True
     # Attention, blocks and backbones call functions with a rate that they have from the config.
     config = getattr(backbone, "config", None)

@@ -16,7 +16,7 @@ from torch import nn
 from .layers import FeedbackPath
 from .prompt_input import PROMPT_INPUT, GivenPrompt, given_prompt, path_for
 from .replaced_forward import ReplacedForward
-from .variational_loss import with_variational_loss
+from .variational_loss import forget_variational_loss, with_variational_loss
 
 
 class ModelForward(ReplacedForward):
@@ -50,21 +50,24 @@ class ModelForward(ReplacedForward):
             kwargs: the other arguments.
         """
         if self.module.training:
-            self._forget_loss()
+            self._expect_losses()
         if topdown_prompt is None:
             output = self.original(*args, **kwargs)
         else:
             output = self._prompted(topdown_prompt, *args, **kwargs)
         for path in self.paths:
-            if path.state.current.variational_loss is not None:
+            current = path.state.current
+            current.model_runs = False
+            if current.variational_loss is not None:
                 output = with_variational_loss(output, path, self.module, kwargs)
         return output
 
-    def _forget_loss(self) -> None:
-        """Forget what nobody took of the forward before; a reference model or an evaluation in between is none."""
+    def _expect_losses(self) -> None:
+        """Begin with those of this forward; a reference model or an evaluation in between is none."""
         for path in self.paths:
             if path.active_adapters:
-                path.state.current.variational_loss = None
+                forget_variational_loss(path.state.current)
+                path.state.current.model_runs = True
 
     def _prompted(self, topdown_prompt: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         current = path_for(self.paths, topdown_prompt).state.current

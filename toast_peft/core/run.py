@@ -158,6 +158,7 @@ class Current:
     Attributes:
         run: the state of the running forward, `None` outside of one.
         variational_loss: that of the last forward in training, until it is added to a loss.
+        model_runs: whether a forward of the whole model is running, which takes the variational loss when it ends.
         selected: of the last forward with feedback, what was selected, by the names of the adapters.
         open_rows: in which rows of the batch any of them may change something, if rows may be skipped; while the
             adapters are run through, the rows of the last one. Shape: [b]
@@ -172,6 +173,7 @@ class Current:
     def __init__(self) -> None:
         self.run: Run | None = None
         self.variational_loss: torch.Tensor | None = None
+        self.model_runs = False
         self.selected: dict[str, Selected] = {}
         self.open_rows: torch.Tensor | None = None
         self.attention_mask: Any = None

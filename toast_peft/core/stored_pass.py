@@ -94,13 +94,14 @@ class StoredInput(ReplacedForward):
         if topdown_features is None:
             return self.original(*args, **kwargs)
         current = self.state.current
-        outer, current.stored = current.stored, self._stored_pass(topdown_features)
+        outer, current.stored = current.stored, self.stored_pass(topdown_features)
         try:
             return self.original(*args, **kwargs)
         finally:
             current.stored = outer
 
-    def _stored_pass(self, stored: torch.Tensor) -> StoredPass:
+    def stored_pass(self, stored: torch.Tensor) -> StoredPass:
+        """What is given as that argument. Shape: [b, n, 1 or 2, d]"""
         if stored.dim() != 4 or stored.shape[2] not in (1, 2):
             raise ValueError(
                 f"`{STORED_INPUT}` has the shape {list(stored.shape)}; expected [rows, tokens, 1 or 2, channels], as "

@@ -2,7 +2,7 @@
 
 import re
 import uuid
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -95,8 +95,8 @@ class AdapterIdentity:
 
 
 def weight_of(layer: nn.Module) -> nn.Parameter:
-    """The weight of a layer without bias."""
-    return layer.get_parameter("weight")
+    """The weight of a layer without bias; a plain tensor within `torch.func.functional_call`."""
+    return cast(nn.Parameter, layer.weight)
 
 
 def belongs_to(adapter_name: str, parameter_name: str) -> bool:

@@ -7,7 +7,8 @@ Source: https://arxiv.org/abs/2305.15542, section on pre-tuning; `var_loss` in t
 ViT, 0.01 for ConvNeXt and (both arguments divided by 10) LLaMA.
 """
 
-from typing import Any
+import warnings
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,6 +18,9 @@ from ..config import TopDownConfig
 from .feedback import reconstruction_error
 from .layers import FeedbackPath, feedback_paths, hidden_states_of
 from .topdown_layer import to_device_of
+
+if TYPE_CHECKING:
+    from .run import Current
 
 
 class Reconstruction:
@@ -48,13 +52,10 @@ class Reconstruction:
             mask = self.attention_mask[:, -squares.shape[1] :].to(squares).unsqueeze(-1)  # without cached tokens
             self.errors[index] = (squares * mask).sum() / (mask.sum() * squares.shape[-1])
 
-    def loss(self, config: TopDownConfig, before: torch.Tensor | None) -> torch.Tensor | None:
-        """The weighted sum over the blocks, and what was there before. Shape: []"""
+    def loss(self, config: TopDownConfig) -> torch.Tensor | None:
+        """The weighted sum over the blocks, `None` if none of them ran. Shape: []"""
         errors = list(self.errors.values())
-        if not errors:
-            return before
-        loss = config.variational_weight * total(errors)
-        return loss if before is None else before.to(loss.device) + loss
+        return config.variational_weight * total(errors) if errors else None
 
 
 def total(losses: list[torch.Tensor]) -> torch.Tensor:
@@ -89,6 +90,18 @@ def with_variational_loss(output: Any, path: FeedbackPath, model: nn.Module, kwa
         return (loss, *output[1:])
     output.loss = loss
     return output
+
+
+def forget_variational_loss(current: "Current") -> None:
+    """Forget that of the forward before; warns if it was to be trained on, and nobody has taken it."""
+    if current.variational_loss is not None and current.variational_loss.requires_grad:
+        warnings.warn(
+            "The variational loss of the last forward in training was not used: the model gave no loss for it to be a "
+            "part of, as with label smoothing, or its own forward was not called, as by trainers of TRL. Add "
+            "`model.variational_loss()` to your loss after each forward, or set `variational_weight=0`.",
+            stacklevel=2,
+        )
+    current.variational_loss = None
 
 
 def take_variational_loss(path: FeedbackPath) -> torch.Tensor | None:
