@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from peft import PeftModel, get_peft_model
+from accelerate.utils import convert_outputs_to_fp32, extract_model_from_parallel
+from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
 
 from toast_peft import TopDownConfig
@@ -143,3 +144,13 @@ def test_features_of_zeros_are_weighted_zero(dtype: torch.dtype) -> None:
     assert selected.isfinite().all() and not selected[:, 1].any()
     assert features.grad.isfinite().all()
     assert selection.topdown_prompt["default"].weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("model_class", VIT_AND_LLAMA)
+def test_accelerate_takes_its_autocast_away_from_an_injected_adapter(model_class: type) -> None:
+    model = inject_adapter_in_model(TopDownConfig(init_weights=False), tiny_model(model_class)).eval()
+    expected = output_of(model)
+    model._original_forward = model.forward  # as `Accelerator.prepare_model`
+    model.forward = convert_outputs_to_fp32(torch.autocast("cpu", dtype=torch.bfloat16)(model.forward))
+    assert not torch.equal(output_of(model), expected)
+    assert_same(output_of(extract_model_from_parallel(model, keep_fp32_wrapper=False)), expected)

@@ -49,6 +49,8 @@ class ModelForward(ReplacedForward):
             topdown_prompt: what to compare the features with; `None` for the learned prompt. Shape: [d] or [b, d]
             kwargs: the other arguments.
         """
+        if args and args[0] is self.module:  # accelerate's `unwrap_model(keep_fp32_wrapper=False)` binds it once more
+            args = args[1:]
         if self.module.training:
             self._expect_losses()
         if topdown_prompt is None:
