@@ -11,7 +11,7 @@ from torch import nn
 from .base_feedback import FLOATS, is_in_base_feedback
 from .config import TopDownConfig
 from .core.stack import Stack
-from .core.topdown_layer import belongs_to
+from .core.topdown_layer import belongs_to, version_of
 from .snapshot import Snapshot
 
 SAVED_PREFIX = "base_model.model."  # before each name in a file that PEFT has saved
@@ -41,7 +41,7 @@ class Load:
         """The adapter is in the model, and PEFT will load its weights."""
         parameters = [p for name, p in model.named_parameters() if belongs_to(adapter_name, name)]
         self._waiting, self._modules = model, list(model.modules())
-        self._versions = [(parameter, parameter._version) for parameter in parameters]
+        self._versions = [(parameter, version_of(parameter)) for parameter in parameters]
 
     @property
     def is_over(self) -> bool:
@@ -57,7 +57,7 @@ class Load:
         if self._waiting is None:
             return False
         is_as_added = list(map(id, self._modules)) == list(map(id, self._waiting.modules()))
-        is_untouched = is_as_added and all(parameter._version == version for parameter, version in self._versions)
+        is_untouched = is_as_added and all(version_of(parameter) == version for parameter, version in self._versions)
         if is_untouched:
             self.before.restore()
         return is_untouched

@@ -98,6 +98,18 @@ def test_loaded_adapter_is_equal(model_class: type, variant: str, low_cpu_mem_us
     assert not any(p.is_meta for p in loaded.parameters())
 
 
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_loaded_in_inference_mode(low_cpu_mem_usage: bool, tmp_path: Path) -> None:
+    model = steered(tiny_model(tf.LlamaForCausalLM))
+    folder, base = saved(model, tmp_path), tiny_model(tf.LlamaForCausalLM)
+    with torch.inference_mode():
+        loaded = PeftModel.from_pretrained(base, folder, low_cpu_mem_usage=low_cpu_mem_usage)
+        loaded.load_adapter(folder, "other", low_cpu_mem_usage=low_cpu_mem_usage)
+        for name in ("default", "other"):
+            loaded.set_adapter(name)
+            assert_same(output_of(loaded), output_of(model))
+
+
 def test_head_that_peft_adds_by_the_task_type(tmp_path: Path) -> None:
     model = trained_everywhere(tf.LlamaForTokenClassification, task_type="TOKEN_CLS")
     folder = saved(model, tmp_path)

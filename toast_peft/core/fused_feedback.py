@@ -29,7 +29,7 @@ from .feature_selection import FeatureSelection, Prompt
 from .feedback import select
 from .folded_values import FoldedValues, foldable, value_bias, value_weight
 from .layers import FeedbackLayer, FeedbackPath, feedback_paths
-from .topdown_layer import weight_of
+from .topdown_layer import version_of, weight_of
 from .value_projection import ValueHooks
 
 
@@ -161,7 +161,7 @@ class Weights:
 
     def _versions(self) -> list[tuple[int, int]]:
         return [
-            (id(weight), 0 if weight.is_inference() else weight._version)
+            (id(weight), version_of(weight))
             for parameters in self.parameters
             for weight in parameters.values()
             if weight is not None

@@ -99,6 +99,11 @@ def weight_of(layer: nn.Module) -> nn.Parameter:
     return cast(nn.Parameter, layer.weight)
 
 
+def version_of(tensor: torch.Tensor) -> int:
+    """How often a tensor, of any shape, was changed in place; one of inference mode does not count that, and has 0."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def belongs_to(adapter_name: str, parameter_name: str) -> bool:
     """Whether a parameter of a model is feedback of an adapter, `...topdown_prompt.default.weight` for example."""
     return re.search(rf"\.topdown_\w+\.{re.escape(adapter_name)}\.", parameter_name) is not None
