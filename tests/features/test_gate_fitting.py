@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import toast_peft
 from toast_peft import TopDownConfig, fit_gate, initialize_feedback
 
-from ..helpers import adapted, assert_state_is, output_of, paths_of, state_of, steered
+from ..helpers import adapted, assert_same, assert_state_is, output_of, paths_of, state_of, steered
 from ..zoo import VOCAB_SIZE, ZOO, inputs_of, tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:The gate of the TOAST adapter")
@@ -214,6 +214,19 @@ def test_data_that_can_be_read_once() -> None:
     model = llama()
     expected = fit_gate(model, TARGET, REFERENCE)
     assert fit_gate(model, iter(TARGET), iter(REFERENCE)) == expected
+
+
+def test_fitted_in_inference_mode_it_can_be_changed_outside() -> None:
+    model, other = llama(), llama()
+    with torch.inference_mode():
+        report = fit_gate(model, TARGET, REFERENCE)
+    assert fit_gate(other, TARGET, REFERENCE) == report
+    model.load_state_dict(model.state_dict())
+    model.set_adapter("default")
+    model.add_adapter("other", TopDownConfig(r=2))
+    for name, parameter in gate_of(other).named_parameters():
+        assert not gate_of(model).get_parameter(name).is_inference()
+        assert_same(gate_of(model).get_parameter(name), parameter, name)
 
 
 # ----------------------------------------------------------------------------------------------- what it is used for

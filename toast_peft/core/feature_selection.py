@@ -134,8 +134,9 @@ class FeatureSelection(TopDownLayer):
             del self.topdown_gate[adapter_name]
         if gate is not None:
             prompt = weight_of(self.topdown_prompt[adapter_name])
-            new = Gate(len(prompt), is_running=gate == "sequence", is_causal=is_causal)
-            self.topdown_gate[adapter_name] = new.to(device=prompt.device, dtype=prompt.dtype)
+            with torch.inference_mode(False):  # else nothing outside of that mode could change it any more
+                new = Gate(len(prompt), is_running=gate == "sequence", is_causal=is_causal)
+                self.topdown_gate[adapter_name] = new.to(device=prompt.device, dtype=prompt.dtype)
 
     def forward(self, features: torch.Tensor, mask: torch.Tensor, adapter_name: str) -> torch.Tensor:
         """Select tokens, then channels.
