@@ -136,7 +136,7 @@ def fit_gate(
         collected = {name: Compared(path, adapter_name) for name, path in paths.items()}
         first, target = _begun(target)
         for name, path in paths.items():
-            collected[name].gate.is_causal = _is_causal(model, path, first)
+            collected[name].gate.set_causal(_is_causal(model, path, first))
         seen = {domain: _of_domain(model, batches, domain, collected) for domain, batches in domains.items()}
         of_target = _of_domain(model, target, "target", collected)
         fits = {
@@ -150,7 +150,7 @@ def fit_gate(
         }
     for name, fit in fits.items():
         _set(collected[name].gate, fit)
-    config.gate_is_causal = {name: compared.gate.is_causal for name, compared in collected.items()}
+    config.gate_is_causal = {name: bool(compared.gate.is_causal) for name, compared in collected.items()}
     config.gate_report = {
         (f"{name}." if len(fits) > 1 else "") + key: value
         for name, fit in fits.items()

@@ -10,6 +10,8 @@ from torch import nn
 
 from .base_feedback import FLOATS, is_in_base_feedback
 from .config import TopDownConfig
+from .core.gate import Gate
+from .core.layers import paths_with
 from .core.stack import Stack
 from .core.topdown_layer import belongs_to, version_of
 from .snapshot import Snapshot
@@ -119,11 +121,13 @@ def check_weights(
         model: the model with the adapter.
         adapter_name: its name.
         config: its config, which says what is not in its own file.
-        weights: the weights by the names of the parameters.
+        weights: the weights by the names of the parameters; those of a gate may get one that they were saved without.
 
     Raises:
         ValueError: if weights are missing or are for nothing, have another shape or dtype, or are not finite.
     """
+    for prefix, gate in _gates_of(model, adapter_name).items():
+        gate.complete(weights, prefix)
     targets = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     expected = {name for name in targets if belongs_to(adapter_name, name) and not is_in_base_feedback(config, name)}
     expected |= set(_names_of_other_modules(model, adapter_name).values())
@@ -141,6 +145,20 @@ def check_weights(
             f"The weights of the TOAST adapter {adapter_name!r} do not fit its config and this model: "
             f"{'; '.join(problems)}. Load it into the model it was made for; if it was, save or download it again."
         )
+
+
+def _gates_of(model: nn.Module, adapter_name: str) -> dict[str, Gate]:
+    """The gates of an adapter, by what the names of their parameters begin with."""
+    gates = {f"{name}.": module for name, module in model.named_modules() if isinstance(module, Gate)}
+    return {prefix: gate for prefix, gate in gates.items() if belongs_to(adapter_name, prefix)}
+
+
+def note_causality(model: nn.Module, adapter_name: str, config: TopDownConfig) -> None:
+    """Put into a config what the gates were loaded with; not everything that loads an adapter calls its modules."""
+    paths = [path for _, path in paths_with(model, adapter_name) if adapter_name in path.selection.topdown_gate]
+    gates = {path.passes.backbone_forward.blocks_name: path.selection.topdown_gate[adapter_name] for path in paths}
+    known = {name: bool(gate.is_causal) for name, gate in gates.items() if gate.is_causal is not None}
+    config.gate_is_causal = {**(config.gate_is_causal or {}), **known} or None
 
 
 def describe_differences(expected: dict[str, tuple], found: dict[str, tuple]) -> list[str]:

@@ -26,7 +26,7 @@ from .core.topdown_layer import NO_MERGE, TopDownLayer, belongs_to
 from .core.variational_loss import last_variational_loss, take_variational_loss, total
 from .families.find import find_stacks
 from .fit_to_model import ADDED_BY_PEFT, check_modules_to_save, check_task_type
-from .loading import SAVED_PREFIX, Load, by_names_of_parameters, check_weights, read_weights
+from .loading import SAVED_PREFIX, Load, by_names_of_parameters, check_weights, note_causality, read_weights
 from .pretrained_feedback import start_from_pretrained
 from .prompt_start import start_prompts
 from .snapshot import Snapshot, restored_on_failure
@@ -343,7 +343,8 @@ class TopDownModel(BaseTuner):
         cls, model: nn.Module, config: TopDownConfig, adapter_name: str, *args: Any, **kwargs: Any
     ) -> dict[str, torch.Tensor]:
         weights = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
-        if config.gate is not None and config.gate_report is None:
+        note_causality(model, adapter_name, config)
+        if config.gate is not None and config.gate_is_causal is None:
             warnings.warn(
                 f"The gate of the TOAST adapter {adapter_name!r} was never fitted and is open for all inputs; call "
                 "`toast_peft.fit_gate(model, target, reference)`, or leave out `gate`.",

@@ -70,7 +70,7 @@ def open_for_half(
 ) -> None:
     """Set a gate between what it compares in some inputs."""
     gate = path.selection.topdown_gate[name]
-    gate.is_causal = is_causal
+    gate.set_causal(is_causal)
     compared: list[torch.Tensor] = []
 
     def keep(module: nn.Module, args: tuple) -> None:

@@ -3,10 +3,16 @@
 from .mutant import Mutant
 
 GATE = "features/test_gate.py -k "
+SAVED = "features/test_saved_gates.py -k "
 FIT = "features/test_gate_fitting.py -k "
 
 OF_A_GATE = [
-    Mutant("gate: no prior", ", self.is_causal) + self.prior.to(x.dtype)", ", self.is_causal)", f"{GATE}formula"),
+    Mutant(
+        "gate: no prior",
+        ", bool(self.is_causal)) + self.prior.to(x.dtype)",
+        ", bool(self.is_causal))",
+        f"{GATE}formula",
+    ),
     Mutant("gate: not used", "mask = gate * mask", "pass", f"{GATE}factor_of_the_mask"),
     Mutant(
         "gate: sum of features that are not normalised",
@@ -60,9 +66,15 @@ OF_A_GATE = [
     Mutant("gate: trained", 'frozen=("topdown_gate",)', "frozen=()", f"{GATE}not_trained"),
     Mutant(
         "gate: whole row is not remembered in the file",
-        "(config.gate_is_causal or {}).get(blocks_name, False)",
-        "False",
-        f"{GATE}copies_and_saved",
+        "(config.gate_is_causal or {}).get(blocks_name)",
+        "None",
+        f"{SAVED}before_it_was",
+    ),
+    Mutant(
+        "gate: whole row is not remembered in the weights",
+        "self.is_causal = None if causal < 0 else bool(causal > 0.5)",
+        "pass",
+        f"{SAVED}over_another",
     ),
     Mutant(
         "gate: features are in the graph",

@@ -125,10 +125,10 @@ class FeatureSelection(TopDownLayer):
             self.topdown_transform_A[adapter_name] = nn.Linear(hidden_size, config.transform_r, bias=False)
             self.topdown_transform_B[adapter_name] = nn.Linear(config.transform_r, hidden_size, bias=False)
             nn.init.zeros_(weight_of(self.topdown_transform_B[adapter_name]))
-        self.add_gate(adapter_name, config.gate, (config.gate_is_causal or {}).get(blocks_name, False))
+        self.add_gate(adapter_name, config.gate, (config.gate_is_causal or {}).get(blocks_name))
         self._finish_update(adapter_name, config, frozen=("topdown_gate",))
 
-    def add_gate(self, adapter_name: str, gate: str | None, is_causal: bool = False) -> None:
+    def add_gate(self, adapter_name: str, gate: str | None, is_causal: bool | None = None) -> None:
         """Put a new gate, which is open, on an adapter; none if `gate` is `None`."""
         if adapter_name in self.topdown_gate:
             del self.topdown_gate[adapter_name]

@@ -24,12 +24,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from .active_adapters import Rows
 
 if TYPE_CHECKING:
     from .running_sum import RunningSum
+
+_CAUSAL = {None: -1.0, False: 0.0, True: 1.0}  # `is_causal` as a number
 
 
 class Tokens(NamedTuple):
@@ -90,22 +93,26 @@ class Gate(nn.Module):
     Args:
         hidden_size: d.
         is_running: whether it looks at a row up to a token, and not at the token alone.
-        is_causal: whether tokens of the model see only those before them; else it looks at the whole row.
+        is_causal: whether tokens of the model see only those before them; else it looks at the whole row. `None` as
+            long as nobody knows, which makes no difference to a gate that is open everywhere.
 
     Attributes:
         direction: what tells the target from the reference. Shape: [d]
         threshold: the cosine up to which it is closed. Shape: [1], as what is sharded cannot be a scalar
         width: how much further it takes to be fully open. Shape: [1]
         prior: what the sum over a row starts from; `None` if it looks at tokens alone. Shape: [d]
+        causal: `is_causal` as a number, to be saved and loaded with the others; a forward does not read it, as it
+            would have to wait for the device. `None` if it looks at tokens alone. Shape: [1]
     """
 
-    def __init__(self, hidden_size: int, is_running: bool, is_causal: bool = False) -> None:
+    def __init__(self, hidden_size: int, is_running: bool, is_causal: bool | None = None) -> None:
         super().__init__()
         self.is_causal = is_causal
         self.direction = nn.Parameter(torch.empty(hidden_size), requires_grad=False)
         self.threshold = nn.Parameter(torch.empty(1), requires_grad=False)
         self.width = nn.Parameter(torch.empty(1), requires_grad=False)
         self.prior = nn.Parameter(torch.empty(hidden_size), requires_grad=False) if is_running else None
+        self.causal = nn.Parameter(torch.empty(1), requires_grad=False) if is_running else None
         self.reset_parameters()
 
     @torch.no_grad()
@@ -115,6 +122,43 @@ class Gate(nn.Module):
             parameter.zero_()
         self.threshold.fill_(-1.0)
         self.width.fill_(1.0)
+        self.set_causal(self.is_causal)
+
+    @torch.no_grad()
+    def set_causal(self, is_causal: bool | None) -> None:
+        """Set whether tokens see only those before them, for forwards and for the file."""
+        self.is_causal = is_causal
+        if self.causal is not None:
+            self.causal.fill_(_CAUSAL[is_causal])
+
+    def complete(self, weights: dict[str, torch.Tensor], prefix: str) -> None:
+        """Put `causal` among its weights if they were saved without it: what the config of their adapter says.
+
+        Args:
+            weights: weights of a model or of an adapter, which get one more.
+            prefix: what the names of those of this gate begin with.
+
+        Raises:
+            ValueError: if it is not known, as the config is that of an adapter which had no fitted gate before.
+        """
+        direction = weights.get(f"{prefix}direction")
+        if self.causal is None or direction is None or f"{prefix}causal" in weights:
+            return
+        if self.is_causal is None and direction.any():
+            raise ValueError(
+                f"The weights of the fitted gate of a TOAST adapter were saved without {prefix}causal; expected it, "
+                "as it is not known here whether tokens see later ones. Load the adapter into the base model, by "
+                "`PeftModel.from_pretrained`, which reads that from its config, and save it again."
+            )
+        weights[f"{prefix}causal"] = torch.tensor([_CAUSAL[self.is_causal]])
+
+    def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
+        self.complete(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        causal = state_dict.get(f"{prefix}causal")
+        # A shard may be empty; a gate is what it was when its model was sharded.
+        if causal is not None and causal.numel() == 1 and not causal.is_meta and not isinstance(causal, DTensor):
+            self.is_causal = None if causal < 0 else bool(causal > 0.5)
 
     def compared(self, features: torch.Tensor, tokens: Tokens) -> torch.Tensor:
         """What is compared with the direction, `y` before it is normalised, in float32 at least.
@@ -135,7 +179,9 @@ class Gate(nn.Module):
                 "vision towers of Qwen-VL; a gate expected [batch, tokens, channels]. Set `gate=None` for this model."
             )
         x = precise(features.detach().flatten(1, -2))
-        return x if self.prior is None else sequence_features(x, tokens, self.is_causal) + self.prior.to(x.dtype)
+        if self.prior is None:
+            return x
+        return sequence_features(x, tokens, bool(self.is_causal)) + self.prior.to(x.dtype)
 
     @torch.no_grad()
     def forward(self, features: torch.Tensor, tokens: Tokens) -> torch.Tensor:
