@@ -109,6 +109,7 @@ class Disturbance:
     def __init__(self, path: FeedbackPath) -> None:
         self.path = path
         self.last: torch.Tensor | None = None  # which token of each row is changed; [b]
+        self.is_before: torch.Tensor | None = None  # which tokens of the same text are before that; [b, n]
         self.features: list[torch.Tensor] = []  # without and with the change; [b, n, d]
         self.is_over = True
 
@@ -130,14 +131,19 @@ class Disturbance:
     def keep(self, path: FeedbackPath, args: tuple, kwargs: dict[str, Any]) -> None:
         """A hook: the features, after pass 1."""
         self.features.append(args[0].float())
-        own = kwargs["tokens"].own
-        shape = args[0].shape[:2]
-        own = torch.ones(shape, device=args[0].device) if own is None else own.expand(shape)
-        self.last = (torch.arange(own.shape[1], device=own.device) * own).argmax(1)
+        tokens, shape = kwargs["tokens"], args[0].shape[:2]
+        own = torch.ones(shape, device=args[0].device) if tokens.own is None else tokens.own.expand(shape)
+        positions = torch.arange(shape[1], device=own.device)
+        self.last = (positions * own).argmax(1)
+        texts = torch.zeros_like(own) if tokens.starts is None else tokens.starts.expand(shape).cumsum(1)
+        is_of_last_text = texts == texts.gather(1, self.last.unsqueeze(1))
+        self.is_before = (positions < self.last.unsqueeze(1)) & (own != 0) & is_of_last_text
 
-    def was_seen(self) -> bool:
-        """Whether tokens before the last ones have changed."""
-        assert self.last is not None
+    def was_seen(self) -> bool | None:
+        """Whether tokens before the last ones have changed; `None` if there are no such tokens."""
+        assert self.is_before is not None
+        if not self.is_before.any():
+            return None
         plain, disturbed = self.features
-        is_before = torch.arange(plain.shape[1], device=plain.device) < self.last.unsqueeze(1)
-        return bool(((disturbed - plain).abs().amax(-1)[is_before] > _DISTURBED * plain.abs().max()).any())
+        change = (disturbed - plain).abs().amax(-1)[self.is_before]
+        return bool((change > _DISTURBED * plain.abs().max()).any())

@@ -28,6 +28,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
+from operator import length_hint
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -134,11 +135,12 @@ def fit_gate(
         quantile = 1.0 if isinstance(reference, str) else _QUANTILE[kind]
     with _new_gates(paths, config, adapter_name, kind):
         collected = {name: Compared(path, adapter_name) for name, path in paths.items()}
-        first, target = _begun(target)
-        for name, path in paths.items():
-            collected[name].gate.set_causal(_is_causal(model, path, first))
+        num_batches = length_hint(target) or None
+        are_causal, target = _who_sees_later_tokens(model, paths, target)
+        for name, is_causal in are_causal.items():
+            collected[name].gate.set_causal(is_causal)
         seen = {domain: _of_domain(model, batches, domain, collected) for domain, batches in domains.items()}
-        of_target = _of_domain(model, target, "target", collected)
+        of_target = _of_domain(model, target, "target", collected, num_batches)
         fits = {
             name: _fit(
                 of_target[name],
@@ -248,31 +250,45 @@ def _new_gates(
         raise
 
 
-def _begun(batches: Batches) -> tuple[dict[str, Any], Batches]:
-    """The first batch, and all."""
-    iterator = iter(batches)
-    first = next(iterator, None)
-    if first is None:
+def _who_sees_later_tokens(
+    model: nn.Module, paths: Mapping[str, FeedbackPath], batches: Batches
+) -> tuple[dict[str, bool], Batches]:
+    """Which backbones are causal, by the first batch that tells, and all batches once more."""
+    # What was read stays, as it may be a stream: asking a `DataLoader` for its iterator does not begin that anew.
+    iterator, begun, found = iter(batches), [], dict[str, bool | None]()
+    for batch in iterator:
+        begun.append(batch)
+        found |= {name: _is_causal(model, path, batch) for name, path in paths.items() if found.get(name) is None}
+        if None not in found.values():
+            break
+    if not begun:
         raise ValueError("The target has no batches; expected at least one.")
-    return first, chain([first], iterator) if iterator is batches else batches
+    # Where no row has two tokens either is right for the target; a causal gate never lets a token see later ones.
+    return {name: is_causal is not False for name, is_causal in found.items()}, chain(begun, iterator)
 
 
-def _is_causal(model: nn.Module, path: FeedbackPath, batch: dict[str, Any]) -> bool:
-    """Whether the tokens of a backbone see only those before them."""
+def _is_causal(model: nn.Module, path: FeedbackPath, batch: dict[str, Any]) -> bool | None:
+    """Whether the tokens of a backbone see only those before them; `None` if none of the batch has one before it."""
     if not path.keeps_shape:  # a map
         return False
     disturbance = Disturbance(path)
     for is_disturbed in (False, True):
         disturbance.is_over = not is_disturbed
         collect(model, [batch], [disturbance])
-    return not disturbance.was_seen()
+    was_seen = disturbance.was_seen()
+    return None if was_seen is None else not was_seen
 
 
 def _of_domain(
-    model: nn.Module, batches: Batches, domain: str, collected: Mapping[str, Compared]
+    model: nn.Module,
+    batches: Batches,
+    domain: str,
+    collected: Mapping[str, Compared],
+    num_batches: int | None = None,
 ) -> dict[str, Domain]:
-    """What the gate of each backbone looks at in a domain."""
-    collect(model, logging.tqdm(batches, desc=f"Looking at the {domain}"), list(collected.values()))
+    """What the gate of each backbone looks at in a domain; the progress bar asks it for the number of its batches."""
+    shown = logging.tqdm(batches, desc=f"Looking at the {domain}", total=num_batches)
+    collect(model, shown, list(collected.values()))
     return {name: compared.take(domain) for name, compared in collected.items()}
 
 

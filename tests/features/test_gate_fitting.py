@@ -15,7 +15,7 @@ import toast_peft
 from toast_peft import TopDownConfig, fit_gate, initialize_feedback
 
 from ..helpers import adapted, assert_same, assert_state_is, output_of, paths_of, state_of, steered
-from ..zoo import VOCAB_SIZE, ZOO, inputs_of, tiny_model
+from ..zoo import VOCAB_SIZE, tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:The gate of the TOAST adapter")
 Batches = list[dict[str, torch.Tensor]]
@@ -216,6 +216,24 @@ def test_data_that_can_be_read_once() -> None:
     assert fit_gate(model, iter(TARGET), iter(REFERENCE)) == expected
 
 
+class Stream(torch.utils.data.IterableDataset):
+    """Rows that can be read once, also where a `DataLoader` is asked for them anew."""
+
+    def __init__(self, batches: Batches) -> None:
+        self.rows = iter([{"input_ids": ids} for batch in batches for ids in batch["input_ids"]])
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        return self.rows
+
+
+@pytest.mark.parametrize("num_batches", [1, 2])
+def test_stream_that_can_be_read_once(num_batches: int) -> None:
+    model = llama()
+    target = TARGET[:num_batches]
+    expected = fit_gate(model, target, REFERENCE)
+    assert fit_gate(model, torch.utils.data.DataLoader(Stream(target), batch_size=8), REFERENCE) == expected
+
+
 def test_fitted_in_inference_mode_it_can_be_changed_outside() -> None:
     model, other = llama(), llama()
     with torch.inference_mode():
@@ -302,37 +320,6 @@ def test_injected_adapters_and_encoder_decoders_have_gates() -> None:
     }
     [encoder, decoder] = [path.selection.topdown_gate["default"] for path in paths_of(model)]
     assert (encoder.is_causal, decoder.is_causal) == (False, True)
-
-
-# ----------------------------------------------------------------------------------------- who sees what comes later
-
-
-def decoders() -> Iterator[type]:
-    return (cls for cls in ZOO if cls.__name__.endswith(("ForCausalLM", "LMHeadModel")))
-
-
-ENCODERS = [
-    *(tf.BertForSequenceClassification, tf.ViTForImageClassification, tf.ModernBertForSequenceClassification),
-    *(tf.ConvNextForImageClassification, tf.SwinForImageClassification),
-]
-
-
-@pytest.mark.parametrize("model_class", [*decoders(), *ENCODERS])
-def test_who_sees_later_tokens_is_found_by_trying(model_class: type) -> None:
-    model = steered(tiny_model(model_class))
-    inputs = inputs_of(model)
-    other = {name: x.flip(0).flip(1) if name != "attention_mask" else x for name, x in inputs.items()}
-    fit_gate(model, [inputs], [other], quantile=0.5)
-    assert gate_of(model).is_causal == (model_class not in ENCODERS)
-
-
-def test_padding_does_not_hide_who_sees_later_tokens() -> None:
-    model = steered(tiny_model(tf.BertForSequenceClassification))
-    ids = inputs_of(model)["input_ids"]
-    mask = torch.ones_like(ids)
-    mask[:, -3:] = 0
-    fit_gate(model, [{"input_ids": ids, "attention_mask": mask}], REFERENCE)
-    assert not gate_of(model).is_causal
 
 
 # --------------------------------------------------------------------------------------------------- what is refused

@@ -4,6 +4,7 @@ from .mutant import Mutant
 
 GATE = "features/test_gate.py -k "
 SAVED = "features/test_saved_gates.py -k "
+CAUSALITY = "features/test_gate_causality.py -k "
 FIT = "features/test_gate_fitting.py -k "
 
 OF_A_GATE = [
@@ -150,9 +151,21 @@ OF_A_GATE = [
     ),
     Mutant(
         "gate fit: disturbs a token that nobody sees",
-        "self.last = (torch.arange(own.shape[1], device=own.device) * own).argmax(1)",
+        "self.last = (positions * own).argmax(1)",
         "self.last = torch.full((len(own),), own.shape[1] - 1, device=own.device)",
-        f"{FIT}does_not_hide",
+        f"{CAUSALITY}does_not_hide",
+    ),
+    Mutant(
+        "gate fit: a batch that cannot tell says that nobody sees later tokens",
+        "        if not self.is_before.any():\n            return None\n",
+        "",
+        f"{CAUSALITY}'without_two_tokens or one_token'",
+    ),
+    Mutant(
+        "gate fit: a stream loses what was looked at first",
+        "chain(begun, iterator)",
+        "batches",
+        f"{FIT}stream",
     ),
     Mutant(
         "gate fit: the base model writes with the adapter",
