@@ -192,15 +192,15 @@ def initialize_feedback(
     backbones = paths_with(model, adapter_name)
     check_is_active(model, adapter_name)
     refuse_fused(model, "initialise it")
-    if reference is not None:
-        if iter(dataloader) is dataloader:
-            raise ValueError("`dataloader` can be read once, and with a `reference` is read twice; expected a list.")
-        fit_gate(model, dataloader, reference, adapter_name)
+    if reference is not None and iter(dataloader) is dataloader:
+        raise ValueError("`dataloader` can be read once, and with a `reference` is read twice; expected a list.")
     statistics = [Statistics(backbone, path, adapter_name) for backbone, path in backbones]
     collect(model, logging.tqdm(dataloader, desc="Looking at the data"), statistics)
     for collected in statistics:
         collected.check()
     weights = [pair for collected in statistics for pair in collected.new_weights(ridge)]
+    if reference is not None:  # after all else that may fail, as it fits the gate or leaves it as it was
+        fit_gate(model, dataloader, reference, adapter_name)
     for parameter, values in weights:
         parameter.copy_(values)
 

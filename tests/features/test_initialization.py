@@ -1,5 +1,6 @@
 """Feedback initialised from data."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 from toast_peft import TopDownConfig, initialize_feedback
 from toast_peft.core.layers import FeedbackPath
 
-from ..helpers import adapted, assert_same, features_of, output_of
+from ..helpers import adapted, assert_same, assert_state_is, features_of, output_of, state_of
 from ..zoo import NUM_BLOCKS, RANGES, VIT_AND_LLAMA, add_noise, inputs_of, tiny_model
 
 
@@ -141,6 +142,34 @@ def test_what_does_not_fit(name: str, data: list | None) -> None:
     ):
         initialize_feedback(model, batches(model) if data is None else data, name)
     assert all(torch.equal(p, before[key]) for key, p in model.named_parameters())
+
+
+class Failing:
+    """Batches that can be read some times, and then fail after the first."""
+
+    def __init__(self, batches: list[dict[str, torch.Tensor]], num_reads: int) -> None:
+        self.batches, self.left = batches, num_reads
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        yield self.batches[0]
+        if self.left == 0:
+            raise RuntimeError("no network")
+        self.left -= 1
+        yield from self.batches[1:]
+
+
+@pytest.mark.filterwarnings("ignore:The gate of the TOAST adapter")
+@pytest.mark.parametrize("num_reads", [0, 1])
+def test_data_that_fails_leaves_prompt_and_gate_as_they_were(num_reads: int) -> None:
+    model = adapted(tiny_model(tf.LlamaForCausalLM))
+    data, reference = batches(model), [{"input_ids": torch.arange(16, 32).view(2, 8)}]
+    before, config = state_of(model), model.peft_config["default"].to_dict()
+    with pytest.raises(RuntimeError, match="no network"):
+        initialize_feedback(model, Failing(data, num_reads), reference=reference)
+    assert_state_is(model, before)
+    assert model.peft_config["default"].to_dict() == config
+    initialize_feedback(model, Failing(data, 2), reference=reference)
+    assert model.peft_config["default"].gate == "sequence"
 
 
 def test_each_stack_leaves_out_its_own_padding() -> None:
