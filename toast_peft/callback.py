@@ -42,7 +42,7 @@ def feedback_statistics(model: nn.Module) -> dict[str, float]:
         `open_tokens`, the share of the tokens whose mask is above 0, and `mean_mask`, both from 0 to 1 and over all
         tokens of the batch but padding (`attention_mask` 0); with a gate `mean_gate` as well. Of an encoder-decoder
         `encoder_open_tokens`, `decoder_open_tokens` and so on; of several adapters `law_open_tokens`, by their names,
-        and in a mixed batch over the rows of each. Empty before the first forward.
+        and in a mixed batch over the rows of each. Empty before the first forward, and where all tokens are padding.
     """
     named = {name: module for name, module in model.named_modules() if isinstance(module, FeedbackPath)}
     statistics: dict[str, float] = {}
@@ -61,7 +61,7 @@ def _statistics_of(selected: Selected, attention_mask: Any) -> dict[str, float]:
     if rows is not None and isinstance(attention_mask, torch.Tensor) and len(attention_mask) == rows.batch_size:
         attention_mask = rows.of(attention_mask)
     values = mask_statistics(selected.mask, attention_mask)
-    if selected.gate is not None:
+    if selected.gate is not None and values:
         values["mean_gate"] = mask_statistics(selected.gate, attention_mask)["mean_mask"]
     return values
 
@@ -72,6 +72,9 @@ def mask_statistics(mask: torch.Tensor | None, attention_mask: Any) -> dict[str,
     Args:
         mask: Shape: [b, n, 1], or of a map of tokens [b, h, w, 1]
         attention_mask: Shape: [b, n], or [b, cached tokens + n]; others are not used.
+
+    Returns:
+        `open_tokens` and `mean_mask`; nothing without a mask, or if there are no tokens to count.
     """
     if mask is None:
         return {}
@@ -81,9 +84,9 @@ def mask_statistics(mask: torch.Tensor | None, attention_mask: Any) -> dict[str,
         of_tokens = attention_mask[:, -mask.shape[1] :]  # without cached tokens
         if of_tokens.shape == mask.shape:
             counted = (of_tokens != 0).to(mask)
-    sums = torch.stack([((mask > 0) * counted).sum(), (mask * counted).sum()])
-    open_tokens, mean_mask = (sums / counted.sum()).tolist()
-    return {"open_tokens": open_tokens, "mean_mask": mean_mask}
+    sums = torch.stack([((mask > 0) * counted).sum(), (mask * counted).sum(), counted.sum()])
+    num_open, total, num_tokens = sums.tolist()
+    return {"open_tokens": num_open / num_tokens, "mean_mask": total / num_tokens} if num_tokens else {}
 
 
 def closed_by_prompt(statistics: Mapping[str, float]) -> list[str]:

@@ -108,7 +108,11 @@ class Features:
 
     def of(self, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """What is compared, and which tokens are not padding. Shapes: [b, n, d], of a map [b, h, w, d]; [b, n]"""
+        current = self.path.state.current
+        selected = current.selected
         with ExitStack() as stack:
+            # Of the last forward with feedback, which this is none of, for `feedback_statistics`.
+            stack.callback(setattr, current, "selected", selected)
             stack.enter_context(in_evaluation_mode(self.model.modules()))
             stack.enter_context(self.backbone.register_forward_pre_hook(self._keep_mask, with_kwargs=True))
             stack.enter_context(self.path.register_forward_pre_hook(_end))

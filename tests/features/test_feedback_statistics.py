@@ -18,7 +18,7 @@ from peft import PeftModel, inject_adapter_in_model
 from torch.nn import functional as F
 
 import toast_peft.callback
-from toast_peft import FeedbackCallback, TopDownConfig, feedback_statistics
+from toast_peft import FeedbackCallback, TopDownConfig, feedback_statistics, prompt_from
 
 from ..helpers import adapted, features_of, loss_of, output_of, paths_of, steered
 from ..zoo import VIT_AND_LLAMA, inputs_of, tiny_model
@@ -63,6 +63,25 @@ def test_padding_is_left_out(side: str) -> None:
     assert model.feedback_statistics() == expected
     output_of(model, {"input_ids": F.pad(ids, padding, value=7)})
     assert model.feedback_statistics() != expected
+
+
+@pytest.mark.parametrize("gate", [None, "sequence"])
+def test_batch_of_padding_has_none(gate: str | None) -> None:
+    model = steered(tiny_model(tf.LlamaForCausalLM), gate=gate)
+    ids = inputs_of(model)["input_ids"]
+    output_of(model, {"input_ids": ids, "attention_mask": torch.zeros_like(ids)})
+    assert model.feedback_statistics() == {}
+
+
+def test_prompt_from_an_example_leaves_them() -> None:
+    model = steered(tiny_model(tf.LlamaForCausalLM), gate="token")
+    inputs = inputs_of(model)
+    mask = torch.ones_like(inputs["input_ids"])
+    mask[0, 2:] = 0
+    output_of(model, inputs | {"attention_mask": mask})
+    expected = model.feedback_statistics()
+    prompt_from(model, inputs)
+    assert model.feedback_statistics() == expected != {}
 
 
 def test_cached_tokens_are_not_counted() -> None:
