@@ -137,6 +137,16 @@ def test_saved_before_and_not_known_is_refused(tmp_path: Path) -> None:
     assert_state_is(loaded, before)
 
 
+def test_state_of_before_is_loaded_where_it_is_known() -> None:
+    model, loaded = fitted(), new()
+    state = {name: x for name, x in model.state_dict().items() if not name.endswith("causal")}
+    with pytest.raises(ValueError, match=r"saved without .*topdown_gate\.default\.causal; expected it"):
+        loaded.load_state_dict(state, strict=False)
+    gate_of(loaded).set_causal(True)
+    loaded.load_state_dict(state)
+    assert_is_loaded(loaded, model)
+
+
 @pytest.mark.filterwarnings("ignore:The gate of the TOAST adapter .* never fitted")
 def test_saved_before_it_was_fitted(tmp_path: Path) -> None:
     model, loaded = new(), new()
