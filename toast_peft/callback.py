@@ -13,6 +13,7 @@ from transformers.integrations import TrackioCallback
 
 from .collecting import device_of_inputs
 from .core.layers import FeedbackPath, feedback_paths
+from .core.padding import own_tokens
 from .core.run import Selected
 from .core.variational_loss import last_variational_loss
 from .explanation.explain import explain
@@ -57,33 +58,39 @@ def feedback_statistics(model: nn.Module) -> dict[str, float]:
 
 
 def _statistics_of(selected: Selected, attention_mask: Any) -> dict[str, float]:
-    rows = selected.rows
-    if rows is not None and isinstance(attention_mask, torch.Tensor) and len(attention_mask) == rows.batch_size:
-        attention_mask = rows.of(attention_mask)
-    values = mask_statistics(selected.mask, attention_mask)
+    if selected.mask is None:
+        return {}
+    own = _own_tokens(selected, attention_mask)
+    values = mask_statistics(selected.mask, own)
     if selected.gate is not None and values:
-        values["mean_gate"] = mask_statistics(selected.gate, attention_mask)["mean_mask"]
+        values["mean_gate"] = mask_statistics(selected.gate, own)["mean_mask"]
     return values
 
 
-def mask_statistics(mask: torch.Tensor | None, attention_mask: Any) -> dict[str, float]:
-    """The share of open tokens and the mean of a mask, without tokens with `attention_mask` 0 where known.
+def _own_tokens(selected: Selected, attention_mask: Any) -> torch.Tensor | None:
+    """Which tokens of a mask are not padding; if that cannot be told, a warning says so. Shape: [b, n]"""
+    assert selected.mask is not None
+    rows, shape = selected.rows, selected.mask.shape[:-1]
+    try:
+        own = own_tokens(attention_mask, shape if rows is None else (rows.batch_size, *shape[1:]), has_cache=True)
+    except ValueError as error:
+        warnings.warn(f"The statistics of the feedback count padding as well: {error}", stacklevel=4)
+        return None
+    return own if own is None or rows is None else rows.of(own)
+
+
+def mask_statistics(mask: torch.Tensor, own: torch.Tensor | None) -> dict[str, float]:
+    """The share of open tokens and the mean of a mask.
 
     Args:
         mask: Shape: [b, n, 1], or of a map of tokens [b, h, w, 1]
-        attention_mask: Shape: [b, n], or [b, cached tokens + n]; others are not used.
+        own: which tokens are not padding; `None` if all. Shape: [b, n]
 
     Returns:
-        `open_tokens` and `mean_mask`; nothing without a mask, or if there are no tokens to count.
+        `open_tokens` and `mean_mask`; nothing if there are no tokens to count.
     """
-    if mask is None:
-        return {}
-    mask = mask.squeeze(-1).float()
-    counted = torch.ones_like(mask)
-    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
-        of_tokens = attention_mask[:, -mask.shape[1] :]  # without cached tokens
-        if of_tokens.shape == mask.shape:
-            counted = (of_tokens != 0).to(mask)
+    mask = mask.flatten(1).float()
+    counted = torch.ones_like(mask) if own is None else own.to(mask)
     sums = torch.stack([((mask > 0) * counted).sum(), (mask * counted).sum(), counted.sum()])
     num_open, total, num_tokens = sums.tolist()
     return {"open_tokens": num_open / num_tokens, "mean_mask": total / num_tokens} if num_tokens else {}

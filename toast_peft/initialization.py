@@ -25,6 +25,7 @@ from .collecting import collect
 from .config import TopDownConfig
 from .core.fused_feedback import refuse_fused
 from .core.layers import FeedbackPath, check_is_active, hidden_states_of, paths_with
+from .core.padding import own_tokens
 from .core.topdown_layer import weight_of
 from .gate_fitting import Batches, Reference, fit_gate
 
@@ -59,7 +60,7 @@ class Statistics:
         self.differences = dict.fromkeys(self.blocks, torch.zeros(()))  # output' (input - output), [d, d]
         # Input and output in pass 1 of this forward, None when it is over.
         self.of_blocks: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None
-        self.attention_mask: torch.Tensor | None = None
+        self.attention_mask: Any = None
 
     @property
     def config(self) -> TopDownConfig:
@@ -80,7 +81,7 @@ class Statistics:
 
     def start(self, backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """A hook: what the backbone gets. Its attention mask is that of its own tokens, also in a decoder."""
-        self.attention_mask = own_attention_mask(self.path, args, kwargs)
+        self.attention_mask = attention_mask_of(self.path, args, kwargs)
         self.of_blocks = {}
 
     def keep(self, index: int, block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
@@ -107,13 +108,9 @@ class Statistics:
 
     def _tokens(self, x: torch.Tensor) -> torch.Tensor:
         """All tokens but padding. Shape: [b, ..., d] -> [tokens, d]"""
-        if self.attention_mask is not None:
-            if self.attention_mask.shape != x.shape[:-1]:
-                raise ValueError(
-                    f"The attention mask has the shape {list(self.attention_mask.shape)}, the tokens "
-                    f"{list(x.shape[:-1])}; expected the same."
-                )
-            x = x[self.attention_mask.to(x.device) != 0]
+        own = own_tokens(self.attention_mask, x.shape[:-1])
+        if own is not None:
+            x = x.flatten(1, -2)[own.to(x.device)]
         exact = torch.float32 if x.device.type == "mps" else torch.float64  # which MPS does not have
         return x.reshape(-1, x.shape[-1]).to(exact)
 
@@ -205,8 +202,7 @@ def initialize_feedback(
         parameter.copy_(values)
 
 
-def own_attention_mask(path: FeedbackPath, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:
-    """The attention mask among the arguments of a backbone, if it has an entry for each token. Shape: [b, n]"""
+def attention_mask_of(path: FeedbackPath, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The attention mask among the arguments of a backbone, in whichever form it gets it."""
     names = path.passes.backbone_forward.argument_names
-    mask = (dict(zip(names, args, strict=False)) | kwargs).get("attention_mask")
-    return mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+    return (dict(zip(names, args, strict=False)) | kwargs).get("attention_mask")

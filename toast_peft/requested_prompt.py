@@ -18,10 +18,11 @@ from torch.nn import functional as F
 from .collecting import device_of_inputs
 from .core.dropout import in_evaluation_mode
 from .core.layers import FeedbackPath, feedback_paths
+from .core.padding import own_tokens
 from .core.stored_pass import STORED_INPUT
 from .core.topdown_layer import weight_of
 from .first_pass import FirstPassIsOver
-from .initialization import own_attention_mask
+from .initialization import attention_mask_of
 
 Tokens = torch.Tensor | Sequence[int] | Sequence[Sequence[int]]
 Boxes = torch.Tensor | Sequence[float] | Sequence[Sequence[float]]
@@ -104,7 +105,7 @@ class Features:
                 "features a prompt is compared with."
             )
         [(self.backbone, self.path)] = active
-        self.attention_mask: torch.Tensor | None = None
+        self.attention_mask: Any = None
 
     def of(self, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """What is compared, and which tokens are not padding. Shapes: [b, n, d], of a map [b, h, w, d]; [b, n]"""
@@ -132,17 +133,13 @@ class Features:
         return features, self._own_tokens(features)
 
     def _keep_mask(self, backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.attention_mask = own_attention_mask(self.path, args, kwargs)
+        self.attention_mask = attention_mask_of(self.path, args, kwargs)
 
     def _own_tokens(self, features: torch.Tensor) -> torch.Tensor:
-        mask, shape = self.attention_mask, features.flatten(1, -2).shape[:-1]
-        if mask is None:
-            return torch.ones(shape, dtype=torch.bool, device=features.device)
-        if mask.shape != shape:
-            raise ValueError(
-                f"The attention mask has the shape {list(mask.shape)}, the tokens {list(shape)}; expected the same."
-            )
-        return mask.to(features.device) != 0
+        own = own_tokens(self.attention_mask, features.shape[:-1])
+        if own is None:
+            own = torch.ones(features.flatten(1, -2).shape[:-1], dtype=torch.bool)
+        return own.to(features.device)
 
 
 def _end(path: FeedbackPath, args: tuple) -> None:

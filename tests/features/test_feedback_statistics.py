@@ -20,7 +20,7 @@ from torch.nn import functional as F
 import toast_peft.callback
 from toast_peft import FeedbackCallback, TopDownConfig, feedback_statistics, prompt_from
 
-from ..helpers import adapted, features_of, loss_of, output_of, paths_of, steered
+from ..helpers import CACHE, adapted, features_of, loss_of, output_of, paths_of, steered
 from ..zoo import VIT_AND_LLAMA, inputs_of, tiny_model
 from .test_trainer import new_model, trainer_for
 
@@ -86,8 +86,15 @@ def test_prompt_from_an_example_leaves_them() -> None:
 
 def test_cached_tokens_are_not_counted() -> None:
     """The attention mask of a decoding step is about all tokens so far, the step about the last one."""
-    mask, attention_mask = torch.tensor([[[0.25]], [[0.75]]]), torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
-    assert toast_peft.callback.mask_statistics(mask, attention_mask) == {"open_tokens": 1.0, "mean_mask": 0.25}
+    model = steered(tiny_model(tf.LlamaForCausalLM))
+    ids, cache = inputs_of(model)["input_ids"], tf.DynamicCache()
+    attention_mask = torch.ones_like(ids)
+    attention_mask[1, -1] = 0
+    output_of(model, {"input_ids": ids[:, :-1], CACHE: cache})
+    output_of(model, {"input_ids": ids[:, -1:], "attention_mask": attention_mask, CACHE: cache})
+    first, second = paths_of(model)[0].state.current.mask.flatten().tolist()
+    assert first != second
+    assert model.feedback_statistics() == {"open_tokens": float(first > 0), "mean_mask": first}
 
 
 def test_encoder_and_decoder() -> None:

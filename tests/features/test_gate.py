@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import Cache, DynamicCache, StaticCache
 
 from toast_peft import TopDownConfig, explain, feedback_statistics, store_features
-from toast_peft.core.gate import Gate, Tokens, first_of_texts, own_tokens
+from toast_peft.core.gate import Gate, Tokens, first_of_texts
 
 from ..helpers import (
     CACHE,
@@ -388,23 +388,6 @@ def test_static_cache_of_sliding_windows_is_refused() -> None:
     assert all(layer.is_sliding for layer in cache.layers)
     with pytest.raises(NotImplementedError, match="how long a static cache may get"):
         output_of(model, inputs_of(model) | {CACHE: cache})
-
-
-# --------------------------------------------------------------------------------------------- masks of other forms
-
-
-def test_padding_is_told_from_masks_of_four_dimensions() -> None:
-    own = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]) != 0
-    both = torch.ones(4, 4).tril().bool() & own[:, None, None, :]
-    added = torch.zeros(both.shape).masked_fill(~both, torch.finfo(torch.float32).min)
-    for mask in (both, added, added.clamp(min=-1e38).masked_fill(~both, float("-inf"))):
-        assert torch.equal(own_tokens(mask, 4), own)
-
-
-@pytest.mark.parametrize("mask", [torch.ones(2, 5), torch.ones(2, 1, 3, 3), torch.ones(2), "flash"])
-def test_mask_of_other_tokens_is_refused(mask: Any) -> None:
-    with pytest.raises(ValueError, match="`attention_mask` has .* expected"):
-        own_tokens(mask, 4)
 
 
 # ---------------------------------------------------------------------------------------------- beside other features

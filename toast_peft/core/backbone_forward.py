@@ -53,7 +53,7 @@ from .run import SINGLE_PASS, Current, Run, run_of
 from .running_sum import RunningSum
 from .stored_pass import STORED_INPUT, Origin, StoredPass
 from .topdown_layer import weight_of
-from .variational_loss import Reconstruction, forget_variational_loss, padding_to_leave_out, total
+from .variational_loss import Reconstruction, forget_variational_loss, total
 
 if TYPE_CHECKING:
     from .stack import Stack
@@ -151,7 +151,8 @@ class BackboneForward(ReplacedForward):
     def _run_twice(self, run: Run, kwargs: dict[str, Any]) -> Any:
         name, config, *_ = run.adapters[0]  # the only one, if there is a variational loss
         if self.module.training and config.variational_weight > 0:
-            run.reconstruction = Reconstruction(self.path, name, padding_to_leave_out(config, kwargs))
+            mask = kwargs.get("attention_mask") if config.variational_ignore_padding else None
+            run.reconstruction = Reconstruction(self.path, name, mask)
         stored, self.state.current.stored = self.state.current.stored, None
         cache = self._cache(run, kwargs) if stored is None else None
         if stored is not None:
@@ -261,6 +262,7 @@ class BackboneForward(ReplacedForward):
         if features is not None:
             tokens = joint.tokens_of_rows(features, kwargs) if adapter.config.gate == "sequence" else None
             run.feedback = self.path(features, adapter.name, tokens=tokens)
+            self.state.current.attention_mask = kwargs.get("attention_mask")
             added = self.path.in_second_pass(adapter.name)
             run.second_pass = () if added is None else (joint.in_second_rows(added, features),)
         self.state.current.run = run

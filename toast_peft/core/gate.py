@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from .active_adapters import Rows
+from .padding import own_tokens
 
 if TYPE_CHECKING:
     from .running_sum import RunningSum
@@ -226,74 +227,22 @@ def tokens_for(
         before: the sum over the tokens in the key-value cache, to which these are added; `None` if there is no cache.
 
     Raises:
-        ValueError: if there is a mask from which a sequence gate cannot tell padding.
+        ValueError: if there is a mask from which padding cannot be told.
     """
-    num_tokens = features[0, ..., 0].numel()
-    if gate == "sequence":
-        tokens = _tokens_of_a_row(kwargs, num_tokens, before)
-        if before is None:
-            return tokens
-        return tokens._replace(sums=before.extend(steps_of(features, tokens.own)))
-    mask = kwargs.get("attention_mask")
-    is_of_these = isinstance(mask, torch.Tensor) and mask.shape == (len(features), num_tokens)
-    return Tokens(own_tokens(mask, num_tokens)) if is_of_these else Tokens()
-
-
-def _tokens_of_a_row(kwargs: Mapping[str, Any], num_tokens: int, before: "RunningSum | None") -> Tokens:
-    """Padding, and where texts begin, for a sequence gate."""
-    mask = kwargs.get("attention_mask")
-    if isinstance(mask, Mapping):  # one for each kind of attention
-        mask = mask.get("full_attention", next(iter(mask.values())))
-    if mask is None:
-        positions = kwargs.get("position_ids")
-        # As transformers tells several texts in a row, which it does where there are neither masks nor caches.
-        if before is None and isinstance(positions, torch.Tensor) and positions.dim() == 2:
-            return Tokens(starts=first_of_texts(positions))
-        return Tokens()
-    return Tokens(own=own_tokens(mask, num_tokens, before))
+    mask, shape = kwargs.get("attention_mask"), features.shape[:-1]
+    if gate == "token":
+        return Tokens(own_tokens(mask, shape, has_cache=True))
+    if before is not None:
+        own = own_tokens(mask, shape, has_cache=True, num_cached=before.length)
+        return Tokens(own, sums=before.extend(steps_of(features, own)))
+    own = own_tokens(mask, shape)
+    positions = kwargs.get("position_ids")
+    # As transformers tells several texts in a row, which it does where there are neither masks nor caches.
+    if own is None and isinstance(positions, torch.Tensor) and positions.dim() == 2:
+        return Tokens(starts=first_of_texts(positions))
+    return Tokens(own)
 
 
 def first_of_texts(positions: torch.Tensor) -> torch.Tensor:
     """Which tokens of a row begin a text: those whose position is not the next one. Shape: [b, n]"""
     return F.pad(positions.diff(dim=-1) != 1, (1, 0), value=True)
-
-
-def own_tokens(mask: Any, num_tokens: int, before: "RunningSum | None" = None) -> torch.Tensor:
-    """Which tokens are not padding.
-
-    Args:
-        mask: an attention mask. Shape: [b, n], with cached tokens before these; or [b, heads, n, m], added to the
-            attention or boolean
-        num_tokens: n.
-        before: the sum over the tokens in the cache.
-
-    Returns:
-        Shape: [b, n]
-
-    Raises:
-        ValueError: if it is another kind of mask.
-    """
-    if not _has_tokens(mask, num_tokens, has_cache=before is not None):
-        found = (
-            f"the shape {list(mask.shape)}" if isinstance(mask, torch.Tensor) else f"the type {type(mask).__name__}"
-        )
-        raise ValueError(
-            f"`attention_mask` has {found}, and the features of pass 1 are of {num_tokens} tokens; the gate of the "
-            "TOAST adapter expected [rows, tokens], to leave out padding. Give such a mask, or none."
-        )
-    if mask.dim() == 2 and mask.shape[1] == num_tokens:
-        return mask != 0
-    columns = (0 if before is None else before.length) + torch.arange(num_tokens, device=mask.device)
-    if mask.dim() == 2:
-        return mask.index_select(1, columns) != 0
-    # A token that is not padding sees itself.
-    itself = mask[:, 0].gather(2, columns.expand(len(mask), -1).unsqueeze(-1)).squeeze(-1)
-    return itself if itself.dtype == torch.bool else itself > torch.finfo(itself.dtype).min / 2
-
-
-def _has_tokens(mask: Any, num_tokens: int, has_cache: bool) -> bool:
-    """Whether a mask has an entry for each of the tokens."""
-    if not isinstance(mask, torch.Tensor) or mask.dim() not in (2, 4):
-        return False
-    is_for_them = mask.shape[1] == num_tokens if mask.dim() == 2 else mask.shape[2] == num_tokens
-    return is_for_them or (has_cache and mask.dim() == 2 and mask.shape[1] > num_tokens)

@@ -17,6 +17,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from ..config import TopDownConfig
 from .feedback import reconstruction_error
 from .layers import FeedbackPath, feedback_paths, hidden_states_of
+from .padding import own_tokens
 from .topdown_layer import to_device_of
 
 if TYPE_CHECKING:
@@ -29,10 +30,10 @@ class Reconstruction:
     Args:
         path: has `linear1` of every block.
         adapter_name: whose.
-        attention_mask: counts only tokens where it is not 0. Shape: [b, n]
+        attention_mask: counts only tokens that are not padding by it; `None` for all.
     """
 
-    def __init__(self, path: FeedbackPath, adapter_name: str, attention_mask: torch.Tensor | None) -> None:
+    def __init__(self, path: FeedbackPath, adapter_name: str, attention_mask: Any) -> None:
         self.path = path
         self.adapter_name = adapter_name
         self.attention_mask = attention_mask
@@ -46,10 +47,11 @@ class Reconstruction:
         hidden_states, output = (to_device_of(layer, x.detach()) for x in (hidden_states, hidden_states_of(output)))
         reconstructed = layer.reconstruct(output, self.adapter_name, tuple(hidden_states.shape[-2:]))
         squares = reconstruction_error(hidden_states, reconstructed)
-        if self.attention_mask is None:
+        own = own_tokens(self.attention_mask, squares.shape[:-1], has_cache=True)
+        if own is None:
             self.errors[index] = squares.mean()
         else:
-            mask = self.attention_mask[:, -squares.shape[1] :].to(squares).unsqueeze(-1)  # without cached tokens
+            mask = own.to(squares).unsqueeze(-1)
             self.errors[index] = (squares * mask).sum() / (mask.sum() * squares.shape[-1])
 
     def loss(self, config: TopDownConfig) -> torch.Tensor | None:
@@ -62,12 +64,6 @@ def total(losses: list[torch.Tensor]) -> torch.Tensor:
     """The sum of one or more losses, on the device of the first. Shape of each: []"""
     first, *others = losses
     return sum((loss.to(first.device) for loss in others), start=first)
-
-
-def padding_to_leave_out(config: TopDownConfig, kwargs: dict[str, Any]) -> torch.Tensor | None:
-    """The attention mask of a forward, if `config` leaves padding out and there is one. Shape: [b, n]"""
-    mask = kwargs.get("attention_mask") if config.variational_ignore_padding else None
-    return mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
 
 
 def with_variational_loss(output: Any, path: FeedbackPath, model: nn.Module, kwargs: dict[str, Any]) -> Any:
