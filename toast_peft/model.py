@@ -88,11 +88,11 @@ class TopDownModel(BaseTuner):
     def _start(self, load: Load, adapter_name: str, config: TopDownConfig, has_weights: bool) -> None:
         """Give a new adapter the weights that it starts with, or wait for those of a saved one."""
         is_saved = config.is_of_saved_adapter and config.pretrained_feedback is None
-        is_new = not is_saved or (not has_weights and not config.inference_mode)  # a saved config for a new adapter
+        is_new = not is_saved or not config.inference_mode  # a saved config may be for a new adapter
         if config.pretrained_feedback is not None:
             load.copied = start_from_pretrained(self.model, adapter_name, config)
         elif is_new:
-            start_prompts(self.model, adapter_name)
+            start_prompts(self.model, adapter_name, may_be_loaded=has_weights)
         if config.base_feedback is not None and not load.copied:
             load.copied = load_base_feedback(self.model, adapter_name, config)
         if is_saved:  # last: from here on, what changes the adapter is not part of the load
@@ -186,6 +186,7 @@ class TopDownModel(BaseTuner):
 
         Each forward sees to that as well, but one that is compiled while it does so is compiled again in the next.
         """
+        self._loads.clear()  # no weights are to come any more
         if mode:
             for _, path in feedback_paths(self.model):
                 path.passes.backbone_forward.wrap_checkpoints()

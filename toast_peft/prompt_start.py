@@ -31,7 +31,7 @@ _IMAGE_SIZE = 224  # for models that take images of any size
 
 
 @torch.no_grad()
-def start_prompts(model: nn.Module, adapter_name: str) -> None:
+def start_prompts(model: nn.Module, adapter_name: str, may_be_loaded: bool = False) -> None:
     """Set the prompts of a new adapter by one short forward, or warn that they stay random.
 
     The inputs are always the same and nobody else's random numbers are used: given the weights, all processes of a
@@ -40,6 +40,7 @@ def start_prompts(model: nn.Module, adapter_name: str) -> None:
     Args:
         model: the base model with the adapter.
         adapter_name: the adapter.
+        may_be_loaded: whether PEFT may be about to load its weights, to be trained further, so that nothing is said.
     """
     statistics = [
         Statistics(backbone, path, adapter_name, with_chain=False)
@@ -52,6 +53,8 @@ def start_prompts(model: nn.Module, adapter_name: str) -> None:
     try:
         open_shares = _run_once(model, statistics)
     except Exception as error:  # whatever a model raises: it may want other inputs, or be on no device
+        if may_be_loaded:
+            return
         warnings.warn(
             f"The prompt of the TOAST adapter {adapter_name!r} starts at random and may cut off many tokens, as "
             f"{type(model).__name__} could not run with random inputs ({error}); call `toast_peft.initialize_feedback("

@@ -218,6 +218,13 @@ def test_loading_runs_no_forward(tmp_path: Path) -> None:
         assert not calls and torch.equal(prompts_of(model), prompts_of(saved))
 
 
+def test_loading_for_training_does_not_speak_of_random_prompts(tmp_path: Path) -> None:
+    """It cannot be told from a new adapter with a saved config, which starts by a forward."""
+    adapted(Blocks(), target_modules=["values"]).save_pretrained(tmp_path)
+    with no_sentence():
+        PeftModel.from_pretrained(Blocks(), tmp_path, is_trainable=True)
+
+
 def test_offloaded_base(tmp_path: Path) -> None:
     """Its weights are on meta except while a module runs."""
     expected = prompts_of(adapted(tiny_model(tf.LlamaForCausalLM)))

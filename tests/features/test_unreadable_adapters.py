@@ -123,17 +123,20 @@ def test_saved_config_makes_a_new_adapter(saved: Path) -> None:
 
 
 def test_prompt_of_a_new_adapter_with_the_config_of_another_one(saved: Path) -> None:
-    """No weights will come for it, so it starts as any new adapter does."""
+    """No weights come for it, so it starts as any new adapter does, and none are waited for when it is trained."""
+    same = TopDownConfig.from_pretrained(saved)
+    same.inference_mode = False
     other = TopDownConfig.from_pretrained(saved)
     other.lora_dropout, other.inference_mode = 0.1, False
     read = PeftConfig.from_pretrained(saved)
     read.inference_mode = False
     new = TopDownConfig()
     get_peft_model(tiny_model(tf.LlamaForCausalLM), new)
-    for config in (other, read, TopDownConfig(**new.to_dict())):
+    for config in (same, other, read, TopDownConfig(**new.to_dict())):
         model = get_peft_model(tiny_model(tf.LlamaForCausalLM), config)
         [prompt] = [p for name, p in model.named_parameters() if "topdown_prompt" in name]
         torch.testing.assert_close(prompt.square().mean().sqrt(), torch.tensor(0.3))
+        assert not model.train().base_model._loads
 
 
 def test_adapter_to_be_trained_is_taken_away_when_its_weights_do_not_fit(saved: Path) -> None:
