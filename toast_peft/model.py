@@ -88,10 +88,9 @@ class TopDownModel(BaseTuner):
     def _start(self, load: Load, adapter_name: str, config: TopDownConfig, has_weights: bool) -> None:
         """Give a new adapter the weights that it starts with, or wait for those of a saved one."""
         is_saved = config.is_of_saved_adapter and config.pretrained_feedback is None
-        is_new = not is_saved or not config.inference_mode  # a saved config may be for a new adapter
         if config.pretrained_feedback is not None:
             load.copied = start_from_pretrained(self.model, adapter_name, config)
-        elif is_new:
+        elif not is_saved or not config.inference_mode:  # the config of a saved one may be for a new one
             start_prompts(self.model, adapter_name, may_be_loaded=has_weights)
         if config.base_feedback is not None and not load.copied:
             load.copied = load_base_feedback(self.model, adapter_name, config)
