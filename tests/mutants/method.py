@@ -195,6 +195,12 @@ AROUND_IT = [
         "features/test_initialization.py -k minimum",
     ),
     Mutant(
+        "prompt: none for a new adapter with a saved config",
+        "is_new = not is_saved or not config.inference_mode",
+        "is_new = not is_saved",
+        "features/test_unreadable_adapters.py -k config_of_another_one",
+    ),
+    Mutant(
         "prompt: turned the wrong way",
         "elif open_share < 0.5:",
         "elif open_share > 0.5:",

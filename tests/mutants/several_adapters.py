@@ -119,9 +119,15 @@ OF_SEVERAL_ADAPTERS = [
     ),
     Mutant(
         "mixed: names are repeated where they are too few",
-        "divmod(batch_size, len(self.names))\n        if repeats == 0 or rest > 0 or (repeats > 1 and not self.may",
-        "divmod(batch_size, len(self.names))\n        if repeats == 0 or rest > 0 or (False and not self.may",
+        "repeats > 0 and (repeats == 1 or may_repeat)",
+        "repeats > 0",
         f"{MIXED}names_are_counted",
+    ),
+    Mutant(
+        "mixed: as many images as rows are one of each",
+        "if parts > 1 or (parts == 0 and",
+        "if parts > 1 or (False and",
+        "features/test_batch_rows.py -k adapters_of_rows_with_other_numbers",
     ),
     Mutant(
         "mixed: in training mode",

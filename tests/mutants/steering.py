@@ -32,7 +32,7 @@ OF_STEERING = [
     ),
     Mutant(
         "given prompt: fewer prompts than rows in a forward",
-        "GivenPrompt(topdown_prompt, may_repeat=False)",
+        "GivenPrompt(topdown_prompt)",
         "GivenPrompt(topdown_prompt, may_repeat=True)",
         f"{GIVEN}fewer_prompts",
     ),

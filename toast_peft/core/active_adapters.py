@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from ..config import TopDownConfig
+from .batch_rows import BatchRows, repeats_of
 
 if TYPE_CHECKING:
     from .gate import Tokens
@@ -91,22 +92,24 @@ class RowNames(NamedTuple):
     Args:
         names: `None` for the base model.
         may_repeat: whether each may be for several rows that follow one another, as `generate` makes them of one.
+        batch: the rows that the model was called with, `None` if they are not known.
     """
 
     names: tuple[str | None, ...]
-    may_repeat: bool
+    may_repeat: bool = False
+    batch: BatchRows | None = None
 
     def of_batch(self, batch_size: int) -> list[str | None]:
         """One name for each of `batch_size` rows.
 
         Raises:
-            ValueError: if there are more names or fewer.
+            ValueError: if there are more names or fewer, or if it is not known which of the rows each is for.
         """
-        repeats, rest = divmod(batch_size, len(self.names))
-        if repeats == 0 or rest > 0 or (repeats > 1 and not self.may_repeat):
+        repeats = repeats_of(len(self.names), batch_size, self.may_repeat, self.batch)
+        if repeats is None:
             raise ValueError(
                 f"`adapter_names` has {len(self.names)} names and the batch has {batch_size} rows; expected one name "
-                "for each row."
+                f"for each row.{'' if self.batch is None else self.batch.describe(batch_size)}"
             )
         return [name for name in self.names for _ in range(repeats)]
 

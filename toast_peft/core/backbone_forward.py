@@ -127,7 +127,7 @@ class BackboneForward(ReplacedForward):
         try:
             if topdown_prompt is not None:
                 path_for([self.path], topdown_prompt)  # raises if it cannot be for this one
-                current.prompt = GivenPrompt(topdown_prompt, may_repeat=False)
+                current.prompt = GivenPrompt(topdown_prompt)
             if topdown_features is not None:
                 current.stored = self._stored_pass(topdown_features)
             return self(**kwargs)

@@ -9,18 +9,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .active_adapters import RowNames
+from .batch_rows import num_rows
 
 if TYPE_CHECKING:
     from .layers import FeedbackPath
     from .run import ThreadState
 
-# What a model may be called with that has a row for each row of the batch.
-_INPUTS = ("input_ids", "inputs", "inputs_embeds", "pixel_values", "input_values", "input_features")
 BASE = "__base__"  # PEFT's name for the model without an adapter
 
 
@@ -40,7 +38,7 @@ def mixed_batch(
     Raises:
         ValueError: if these are no names of adapters, as many as there are rows, or the model is in training mode.
     """
-    names = _checked(model, paths, adapter_names, _num_rows(args, kwargs))
+    names = _checked(model, paths, adapter_names, num_rows(args, kwargs))
     currents = [path.state.current for path in paths]
     if any(current.prompt is not None for current in currents):
         raise ValueError(
@@ -61,13 +59,7 @@ def mixed_batch(
                 current.row_names = outer
 
 
-def _num_rows(args: tuple, kwargs: dict[str, Any]) -> int | None:
-    """The number of rows in the arguments of a forward or of `generate`, `None` if it cannot be told from these."""
-    given = [*args[:1], *(kwargs[name] for name in _INPUTS if name in kwargs)]
-    return next((len(x) for x in given if isinstance(x, torch.Tensor) and x.dim() > 0), None)
-
-
-def _checked(model: nn.Module, paths: Sequence["FeedbackPath"], adapter_names: Any, num_rows: int | None) -> RowNames:
+def _checked(model: nn.Module, paths: Sequence["FeedbackPath"], adapter_names: Any, number: int | None) -> RowNames:
     """The names of adapters, `None` for the base model."""
     if model.training:
         raise ValueError("`adapter_names` was given and the model is in training mode; call `model.eval()` first.")
@@ -81,12 +73,11 @@ def _checked(model: nn.Module, paths: Sequence["FeedbackPath"], adapter_names: A
             f"`adapter_names` names {unknown}, and the TOAST adapters of the model are {known}; expected one of them "
             f"for each row, or {BASE!r} for the base model."
         )
-    if num_rows not in (None, len(names)):
+    if number not in (None, len(names)):
         raise ValueError(
-            f"`adapter_names` has {len(names)} names and the batch has {num_rows} rows; expected one name for each "
-            "row."
+            f"`adapter_names` has {len(names)} names and the batch has {number} rows; expected one name for each row."
         )
-    return RowNames(names, may_repeat=num_rows is not None)
+    return RowNames(names)
 
 
 class _NamesOfRows:

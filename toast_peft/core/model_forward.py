@@ -8,13 +8,15 @@ Notation used for tensor shapes:
 """
 
 import inspect
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
+from .batch_rows import note_rows, sees_images_of_texts
 from .layers import FeedbackPath
-from .prompt_input import PROMPT_INPUT, GivenPrompt, given_prompt, path_for
+from .prompt_input import PROMPT_INPUT, GivenPrompt, given_prompt, path_for, repeated_rows
 from .replaced_forward import ReplacedForward
 from .variational_loss import forget_variational_loss, with_variational_loss
 
@@ -53,6 +55,9 @@ class ModelForward(ReplacedForward):
             args = args[1:]
         if self.module.training:
             self._expect_losses()
+        for path in self.paths:
+            if path.state.current.row_names is not None or path.state.current.prompt is not None:
+                note_rows(path, self.module, args, kwargs)
         if topdown_prompt is None:
             output = self.original(*args, **kwargs)
         else:
@@ -72,10 +77,12 @@ class ModelForward(ReplacedForward):
                 path.state.current.model_runs = True
 
     def _prompted(self, topdown_prompt: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        current = path_for(self.paths, topdown_prompt).state.current
+        path = path_for(self.paths, topdown_prompt)
+        current = path.state.current
         # Not `given_prompt`, as torch.compile has only begun to trace generators.
-        outer, current.prompt = current.prompt, GivenPrompt(topdown_prompt, may_repeat=False)
+        outer, current.prompt = current.prompt, GivenPrompt(topdown_prompt)
         try:
+            note_rows(path, self.module, args, kwargs)
             return self.original(*args, **kwargs)
         finally:
             current.prompt = outer
@@ -109,7 +116,9 @@ class PromptedGenerate(ReplacedForward):
 
     def __call__(self, *args: Any, topdown_prompt: torch.Tensor | None = None, **kwargs: Any) -> Any:
         """Generate. Arguments as those of the forward and of `generate`."""
-        if topdown_prompt is None:
-            return self.original(*args, **kwargs)
-        with given_prompt(self.model_forward.paths, topdown_prompt):
+        paths = self.model_forward.paths
+        with nullcontext() if topdown_prompt is None else given_prompt(paths, topdown_prompt), repeated_rows(paths):
+            for path in paths:
+                if sees_images_of_texts(path, self.module):  # `generate` may run it before the model
+                    note_rows(path, self.module, args, kwargs)
             return self.original(*args, **kwargs)

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from .batch_rows import BatchRows, repeats_of
+
 if TYPE_CHECKING:
     from .layers import FeedbackPath
 
@@ -29,10 +31,12 @@ class GivenPrompt(NamedTuple):
     Args:
         prompts: one for all rows, or one for each. Shape: [d] or [b, d]
         may_repeat: whether each may be for several rows that follow one another, as `generate` makes them of one.
+        batch: the rows that the model was called with, `None` if they are not known.
     """
 
     prompts: torch.Tensor
-    may_repeat: bool
+    may_repeat: bool = False
+    batch: BatchRows | None = None
 
     def for_features(self, features: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The prompts as they are compared with features.
@@ -62,12 +66,13 @@ class GivenPrompt(NamedTuple):
 
     def _repeats(self, features: torch.Tensor) -> int:
         """For how many rows each prompt is. Shape of the features: [b, n, d]"""
-        num_prompts = len(self.prompts)
-        repeats, rest = divmod(len(features), num_prompts) if features.dim() > 2 else (0, 0)
-        if repeats == 0 or rest > 0 or (repeats > 1 and not self.may_repeat):
+        num_prompts, num_rows = len(self.prompts), len(features)
+        repeats = repeats_of(num_prompts, num_rows, self.may_repeat, self.batch) if features.dim() > 2 else None
+        if repeats is None:
             raise ValueError(
                 f"`{PROMPT_INPUT}` has {num_prompts} rows and the features of pass 1 have the shape "
                 f"{list(features.shape)}; expected one prompt for each row of the batch, or [d], one for all."
+                f"{'' if self.batch is None else self.batch.describe(num_rows)}"
             )
         return repeats
 
@@ -111,8 +116,22 @@ def given_prompt(paths: Iterable["FeedbackPath"], prompts: torch.Tensor) -> Iter
         ValueError: if they do not fit.
     """
     current = path_for(paths, prompts).state.current
-    outer, current.prompt = current.prompt, GivenPrompt(prompts, may_repeat=True)
+    outer, current.prompt = current.prompt, GivenPrompt(prompts)
     try:
         yield
     finally:
         current.prompt = outer
+
+
+@contextmanager
+def repeated_rows(paths: Iterable["FeedbackPath"]) -> Iterator[None]:
+    """In it, the prompt or the adapter of a row is for several rows if `generate` makes these of one."""
+    before = [(current, current.prompt, current.row_names) for current in (path.state.current for path in paths)]
+    try:
+        for current, prompt, row_names in before:
+            current.prompt = None if prompt is None else prompt._replace(may_repeat=True)
+            current.row_names = None if row_names is None else row_names._replace(may_repeat=True)
+        yield
+    finally:
+        for current, prompt, row_names in before:
+            current.prompt, current.row_names = prompt, row_names
