@@ -196,8 +196,8 @@ AROUND_IT = [
     ),
     Mutant(
         "prompt: none for a new adapter with a saved config",
-        "is_new = not is_saved or not config.inference_mode",
-        "is_new = not is_saved",
+        "elif not is_saved or not config.inference_mode:",
+        "elif not is_saved:",
         "features/test_unreadable_adapters.py -k config_of_another_one",
     ),
     Mutant(

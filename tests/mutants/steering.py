@@ -32,8 +32,8 @@ OF_STEERING = [
     ),
     Mutant(
         "given prompt: fewer prompts than rows in a forward",
-        "GivenPrompt(topdown_prompt)",
-        "GivenPrompt(topdown_prompt, may_repeat=True)",
+        "current.prompt = current.prompt, GivenPrompt(topdown_prompt)",
+        "current.prompt = current.prompt, GivenPrompt(topdown_prompt, may_repeat=True)",
         f"{GIVEN}fewer_prompts",
     ),
     Mutant(
