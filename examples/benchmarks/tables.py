@@ -12,7 +12,7 @@ import pandas as pd
 RESULTS = Path(__file__).parent / "results"
 IMAGES = ("dtd10", "flowers5", "cifar10")
 FIVE_SETS = (*IMAGES, "digits", "street_crops")  # those of `shifted_images.py` as well
-TEXTS = ("trec6", "sst2", "agnews")
+TEXTS = ("trec6", "sst2", "agnews", "clinc150")
 MOSAICS = ("dtd10", "flowers5")
 TARGET = "target perplexity"
 SHORT, LONG = 215, 1000  # trainings on Shakespeare, in steps
