@@ -34,8 +34,9 @@ COMPATIBILITY_TESTS := tests/contract tests/families/test_transformers.py tests/
     $(addprefix tests/features/test_,forward.py caches.py shared_cache.py generation.py checkpointing.py compile.py \
     saving.py peft_contract.py trainer.py threads.py errors.py mixed_precision.py wiring.py dropout.py lora.py \
     damaged_adapters.py prompt_start.py card.py explain.py explain_received.py explain_adapters.py topdown_prompt.py \
-    prompt_from.py gate.py gate_fitting.py feedback_scale.py pass2_lora.py pass2_adapters.py pass2_targets.py \
-    output_feedback.py several_adapters.py mixed_batches.py)
+    prompt_from.py gate.py gate_fitting.py saved_gates.py feedback_scale.py pass2_lora.py pass2_adapters.py \
+    pass2_targets.py output_feedback.py several_adapters.py mixed_batches.py batch_rows.py padding.py \
+    variational_loss.py)
 
 # torch comes first, so that only it is looked up in the other index. Where that index cannot be reached, pip says so
 # and goes on with the usual one.
