@@ -145,7 +145,7 @@ def test_an_adapter_of_another_method_is_refused(saved: Path) -> None:
     [
         ("check my-adapter --text flower", "--text was given, but a ViTForImageClassification takes no `input_ids`"),
         ("check new --image flower.png", "--image was given, but a LlamaForCausalLM takes no `pixel_values`"),
-        ("info .", r"The folder '.' has no adapter_config.json; .* 'my-adapter'"),
+        ("info .", r"The folder '.' has no adapter_config.json; .* In it there are .*'my-adapter'"),
         ("info my-base", "The folder 'my-base' has no adapter_config.json; .* In it there are none"),
     ],
 )
