@@ -99,6 +99,23 @@ def test_page_has_what_stricter_gates_leave_alone_and_what_they_cost() -> None:
         assert f"| {blocks} | {shown} |" in PAGE.read_text()
 
 
+def test_page_has_what_was_measured_on_texts_that_are_alike() -> None:
+    runs = pd.read_csv(RESULTS / "text_gates_near.csv")
+    assert image_gates.table(runs[runs["fit_blocks"] == 64]) in PAGE.read_text()
+    ranges = {}
+    for blocks, rows in runs.groupby("fit_blocks"):
+        news = rows[rows["set"].str.startswith("news") == rows["target"].str.startswith("news")]
+        shares = news.groupby("is")["left alone"].agg(["min", "max"]).round().astype(int)
+        ranges[blocks] = {kind: f"{low} to {high} %" for kind, low, high in shares.itertuples()}
+        ranges[blocks]["open"] = f"{100 * rows.drop_duplicates('target')['open_target'].mean():.0f} %"
+    assert ranges == {
+        64: {"reference": "82 to 96 %", "target": "18 to 85 %", "unseen": "78 to 93 %", "open": "34 %"},
+        256: {"reference": "94 to 100 %", "target": "38 to 89 %", "unseen": "93 to 99 %", "open": "11 %"},
+    }
+    text = " ".join(PAGE.read_text().split())
+    assert all(share in text for of_blocks in ranges.values() for share in of_blocks.values())
+
+
 def test_sets_that_are_in_no_reference_are_in_brackets() -> None:
     kinds = {"a": "target", "b": "reference", "c": "unseen"}
     runs = pd.DataFrame({"target": "a", "set": kinds.keys(), "is": kinds.values(), "left alone": [1.0, 99.0, 50.4]})
