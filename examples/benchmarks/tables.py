@@ -15,7 +15,7 @@ FIVE_SETS = (*IMAGES, "digits", "street_crops")  # those of `shifted_images.py` 
 TEXTS = ("trec6", "sst2", "agnews", "clinc150")
 MOSAICS = ("dtd10", "flowers5")
 TARGET = "target perplexity"
-SHORT, LONG = 215, 1000  # trainings on Shakespeare, in steps
+LEARNED = ("tinyshakespeare", "tinyshakespeare_1000_steps", "news_sports")  # by language models
 ROUTED, BY_ORACLE = ("gated adapters", "gated adapters, refitted"), ", oracle"
 CHANGES = ("mean change", "largest change")  # of the perplexities of the sources, in per cent
 
@@ -182,15 +182,14 @@ def limit_row(tested: pd.DataFrame) -> dict[str, str]:
     return row
 
 
-def forgetting(change: str = CHANGES[0], steps: int = SHORT) -> pd.DataFrame:
+def forgetting(change: str = CHANGES[0], learned: str = LEARNED[0]) -> pd.DataFrame:
     """What each method reaches at a change of 1 % of the other domains, in the mean or the largest.
 
     Args:
         change: the column with it.
-        steps: how long was trained.
+        learned: one of `LEARNED`.
     """
-    ending = "" if steps == SHORT else f"_{steps}_steps"
-    return limit_table(pd.read_csv(RESULTS / f"forgetting_tinyshakespeare{ending}.csv"), 1.0, change)
+    return limit_table(pd.read_csv(RESULTS / f"forgetting_{learned}.csv"), 1.0, change)
 
 
 def segmentation() -> pd.DataFrame:
@@ -335,7 +334,7 @@ def mask_shares() -> pd.DataFrame:
 
 
 if __name__ == "__main__":
-    learned = (forgetting(change, steps) for steps in (SHORT, LONG) for change in CHANGES)
+    learned = (forgetting(change, name) for name in LEARNED for change in CHANGES)
     of_masks = (focus(), curves(), mask_shares(), steering())
     of_images = (images(FIVE_SETS), images())
     for table in (*of_images, texts(), *learned, segmentation(), *of_masks, continual_images(), routing()):
