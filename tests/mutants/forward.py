@@ -371,7 +371,7 @@ IN_A_FORWARD = [
     ),
     Mutant(
         "NEFTune: its noise is in pass 1",
-        " or NEFTUNE in module.__dict__",
+        " or _NEFTUNE in module.__dict__",
         "",
         "features/test_dropout.py -k neftune",
     ),

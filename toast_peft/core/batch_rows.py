@@ -70,7 +70,8 @@ def repeats_of(num_given: int, num_features: int, may_repeat: bool, batch: Batch
         return num_features
     repeats, rest = divmod(number, num_given)
     is_whole = rest == 0 and repeats > 0 and (repeats == 1 or may_repeat)
-    return num_features // num_given if is_whole and num_features in (number * min(parts, 1), number * parts) else None
+    is_known = parts > 0 and num_features in (number, number * parts)
+    return num_features // num_given if is_whole and is_known else None
 
 
 def note_rows(path: "FeedbackPath", model: "nn.Module", args: tuple, kwargs: dict[str, Any]) -> None:

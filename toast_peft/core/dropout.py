@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .module_tree import modules_inside
 from .value_projection import input_size
 
-NEFTUNE = "neftune_noise_alpha"  # an embedding with it adds noise to its output, by a hook of transformers
+_NEFTUNE = "neftune_noise_alpha"  # an embedding with it adds noise to its output, by a hook of transformers
 # Parts of the names that transformers gives to what is random in training: `attn_pdrop`, `layerdrop`,
 # `drop_path_rate`, `router_jitter_noise`; DINOv3 moves its positions.
 _RANDOM = re.compile(r"drop|jitter|pos_embed_(rescale|shift)")
@@ -30,7 +30,7 @@ def has_dropout(backbone: nn.Module) -> bool:
     if not backbone.training:
         return False
     for module in modules_inside(backbone, without=(backbone._modules.get("feedback_path"),)):
-        if (isinstance(module, _DropoutNd) and module.p > 0) or NEFTUNE in module.__dict__:
+        if (isinstance(module, _DropoutNd) and module.p > 0) or _NEFTUNE in module.__dict__:
             return True
     # Attention, blocks and backbones call functions with a rate that they have from the config.
     config = getattr(backbone, "config", None)

@@ -56,7 +56,8 @@ class ModelForward(ReplacedForward):
         if self.module.training:
             self._expect_losses()
         for path in self.paths:
-            if path.state.current.row_names is not None or path.state.current.prompt is not None:
+            current = path.state.current
+            if current.row_names is not None or current.prompt is not None:
                 note_rows(path, self.module, args, kwargs)
         if topdown_prompt is None:
             output = self.original(*args, **kwargs)
